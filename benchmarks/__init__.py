@@ -1,0 +1,25 @@
+"""Streams: handwritten digits, folders of images, Avalanche's classic benchmarks."""
+
+from avalanche_firn.benchmarks.classic import avalanche_benchmarks, avalanche_stream, wrap_benchmark
+from avalanche_firn.benchmarks.digits import digits_stream
+from avalanche_firn.benchmarks.folder import folder_stream
+from avalanche_firn.benchmarks.streams import Stream, StreamError, build_stream, class_order, task_sizes
+from avalanche_firn.benchmarks.tensors import TensorImageDataset
+from avalanche_firn.benchmarks.transforms import TransformPair, preset_transforms, timm_transforms
+
+__all__ = [
+    "Stream",
+    "StreamError",
+    "TensorImageDataset",
+    "TransformPair",
+    "avalanche_benchmarks",
+    "avalanche_stream",
+    "build_stream",
+    "class_order",
+    "digits_stream",
+    "folder_stream",
+    "preset_transforms",
+    "task_sizes",
+    "timm_transforms",
+    "wrap_benchmark",
+]

@@ -1,0 +1,131 @@
+"""Image transforms: from a backbone's data configuration, and the papers' own as named presets.
+
+Both give a pair of callables from an RGB PIL image to a normalised float32 tensor (3, H, W), for
+`folder_stream(..., train_transform=pair.train, eval_transform=pair.eval)`. Random ones draw from the global generators
+of torch and Python, as torchvision and timm do; a checkpoint has to keep both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from timm.data import create_transform
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from avalanche_firn.benchmarks.streams import StreamError, Transform
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # SLCA card 2.7, CIFAR-100
+_REQUIRED = ("input_size", "interpolation", "mean", "std")
+_OPTIONAL = ("crop_pct", "crop_mode")
+
+
+class TransformPair(NamedTuple):
+    """Transforms for training and for evaluation, each from an RGB PIL image to a float32 tensor (3, H, W)."""
+
+    train: Transform
+    eval: Transform
+
+
+def timm_transforms(data_config: Mapping[str, Any], *, augment: bool = True, **options: Any) -> TransformPair:
+    """Transforms that fit a timm backbone.
+
+    Args:
+        data_config: what `timm.data.resolve_model_data_config(model)` returns; size, interpolation, mean, std and the
+            evaluation crop are taken from it.
+        augment: whether training images are augmented by timm's ImageNet recipe (random resized crop of 8-100 %, flip,
+            colour jitter 0.4); False uses the evaluation transform for training too.
+        options: further arguments of `timm.data.create_transform` for training, such as scale, hflip, color_jitter,
+            re_prob, auto_augment.
+
+    Raises:
+        StreamError: a configuration without a required key or not for three channels, an unknown option, or options
+            without augmentation.
+    """
+    absent = [key for key in _REQUIRED if key not in data_config]
+    if absent:
+        raise StreamError(
+            f"data_config lacks {', '.join(absent)}; accepted: timm.data.resolve_model_data_config(model)"
+        )
+    config = {key: data_config[key] for key in (*_REQUIRED, *_OPTIONAL) if key in data_config}
+    size = config["input_size"]
+    if isinstance(size, (tuple, list)) and len(size) == 3 and size[0] != 3:
+        raise StreamError(f"data_config input_size is {tuple(size)}; accepted: three channels, images are read as RGB")
+    free = set(inspect.signature(create_transform).parameters) - {*_REQUIRED, *_OPTIONAL, "is_training"}
+    for option in options:
+        if option not in free:
+            raise StreamError(f"transform option {option!r} is unknown{_suggest(option, sorted(free))}")
+    evaluation = create_transform(**config, is_training=False)
+    if not augment:
+        if options:
+            raise StreamError(f"options {sorted(options)} are for augmentation, which is off (augment=False)")
+        return TransformPair(evaluation, evaluation)
+    return TransformPair(create_transform(**config, is_training=True, **options), evaluation)
+
+
+def preset_transforms(name: str) -> TransformPair:
+    """The transforms of a paper, 224 pixels: one of `TRANSFORM_PRESETS`.
+
+    "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars": SLCA and SLCA++ (method card, 2.7).
+
+    Raises:
+        StreamError: unknown name; the nearest ones are listed.
+    """
+    if name not in TRANSFORM_PRESETS:
+        raise StreamError(f"transform preset {name!r} is unknown{_suggest(name, list(TRANSFORM_PRESETS))}")
+    return TRANSFORM_PRESETS[name]()
+
+
+def _tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def _slca(steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> TransformPair:
+    centre = [transforms.Resize(256, interpolation=InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+    return TransformPair(
+        transforms.Compose([*steps, *_tensor(mean, std)]), transforms.Compose([*centre, *_tensor(mean, std)])
+    )
+
+
+def _random_crop() -> list[Any]:
+    return [
+        transforms.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+    ]
+
+
+def _slca_cifar() -> TransformPair:
+    return _slca([*_random_crop(), transforms.ColorJitter(brightness=63 / 255)], CIFAR_MEAN, CIFAR_STD)
+
+
+def _slca_imagenet_r() -> TransformPair:
+    return _slca(_random_crop(), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _slca_fine_grained() -> TransformPair:
+    steps = [
+        transforms.Resize((300, 300), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomCrop(224),
+        transforms.RandomHorizontalFlip(),
+    ]
+    return _slca(steps, IMAGENET_MEAN, IMAGENET_STD)
+
+
+TRANSFORM_PRESETS: dict[str, Callable[[], TransformPair]] = {
+    "slca_cifar": _slca_cifar,
+    "slca_imagenet_r": _slca_imagenet_r,
+    "slca_cub": _slca_fine_grained,
+    "slca_cars": _slca_fine_grained,
+}
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(near)}" if near else f"; accepted: {', '.join(known)}"
+
+
+__all__ = ["TRANSFORM_PRESETS", "TransformPair", "preset_transforms", "timm_transforms"]
