@@ -1,0 +1,32 @@
+"""Plugins for any Avalanche SGD strategy, and the functions that they are made of."""
+
+from avalanche_firn.plugins.class_statistics import ClassGaussians, class_statistics
+from avalanche_firn.plugins.classifier_alignment import (
+    ClassifierAlignmentPlugin,
+    align_classifier,
+    logit_normalized_cross_entropy,
+    mean_scale,
+    symmetric_cross_entropy,
+)
+from avalanche_firn.plugins.losses import LocalCrossEntropy, local_cross_entropy
+from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
+from avalanche_firn.plugins.schedules import cosine, multistep
+from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+
+__all__ = [
+    "ClassGaussians",
+    "ClassifierAlignmentPlugin",
+    "FreshOptimizerPlugin",
+    "LocalCrossEntropy",
+    "MixedPrecisionPlugin",
+    "SlowLearnerPlugin",
+    "align_classifier",
+    "class_statistics",
+    "cosine",
+    "local_cross_entropy",
+    "logit_normalized_cross_entropy",
+    "mean_scale",
+    "multistep",
+    "symmetric_cross_entropy",
+]

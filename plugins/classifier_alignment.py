@@ -1,0 +1,253 @@
+"""Classifier alignment: after each task, retrain the classifier alone on samples of one Gaussian per class.
+
+SLCA (arXiv 2303.05118; stage 2 of the released code). After a task the plugin stores mean and covariance of the
+features of each new class; the statistics of earlier classes stay as they were. The heads are then aligned on sampled
+features of all classes, used for evaluation, and the raw heads come back before the next task, so alignment leaves no
+trace in training.
+
+Differs from the released code: the task of a class is the task in which it was learnt (``compat_task_index=True`` gives
+the released index, which is wrong for unequal tasks); nothing is evaluated inside; factors are computed once; by
+default alignment runs lazily, when an evaluation needs it; the noise of a task depends on ``seed`` and task alone, so
+lazy, eager and resumed runs agree. Cost per alignment: ``epochs * C * samples_per_class`` feature rows; memory in
+:class:`~avalanche_firn.plugins.class_statistics.ClassGaussians`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+
+from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.parts import extract_features, find_parts
+from avalanche_firn.plugins.alignment_math import (
+    align_classifier,
+    gaussian_batches,
+    logit_normalized_cross_entropy,
+    mean_scale,
+    reference_task_index,
+    symmetric_cross_entropy,
+)
+from avalanche_firn.plugins.class_statistics import ClassGaussians
+
+BatchSource = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
+
+
+class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):
+    """Align a :class:`~avalanche_firn.models.heads.TaskwiseLinearHead` on class Gaussians after each task.
+
+    The aligned heads stay in the model from the first evaluation after a task until the next task begins. The first
+    task is not aligned (released code). A periodic evaluation in the middle of a task sees the raw heads.
+
+    :param epochs: alignment epochs; 0 switches alignment off (5: exps/slca_*.json).
+    :param samples_per_class: sampled rows per class and epoch, also the batch size (256: models/slca.py).
+    :param lr: rate of the heads, cosine to 0 (0.01). :param momentum: 0.9. :param weight_decay: 5e-4
+        (exps/slca_*.json).
+    :param temperature: of the logit normalisation; None or <= 0: plain cross-entropy (0.1; Cars-196: 0.05).
+    :param scaling: ``"mean"``: class means shrink towards early tasks (SLCA); ``"feature"``: rows are scaled at
+        random and inference multiplies the head inputs (SLCA++); None: neither.
+    :param feature_scale_mu: mean of the random factor of ``scaling="feature"`` (0.02: SLCA++).
+    :param lazy: align when an evaluation starts (default), or right after the task.
+    :param batch_source: ``(task, epoch) -> batches of (features (B, d), column indices (B,))`` instead of sampling.
+    :param compat_task_index: scale by the released code's index, ``column // classes of the current task``.
+    :param norm: ``"task_mean"``: mean of the tasks' logit norms (released code); ``"full"``: norm of all logits (the
+        printed form is not known).
+    :param form: ``"low_rank"`` or ``"cholesky"``, see :class:`ClassGaussians`. :param jitter: added to the diagonal
+        (1e-4).
+    :param relative_jitter: jitter times the mean variance of the class. :param seed: of the private noise generator.
+    :param num_workers: loader processes for the statistics pass.
+    :raises ValueError: the model has no ``TaskwiseLinearHead``; a class comes back in a later experience; settings
+        out of range.
+    """
+
+    def __init__(
+        self,
+        epochs: int = 5,
+        samples_per_class: int = 256,
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        temperature: float | None = 0.1,
+        scaling: Literal["mean", "feature"] | None = "mean",
+        feature_scale_mu: float = 0.02,
+        lazy: bool = True,
+        batch_source: BatchSource | None = None,
+        compat_task_index: bool = False,
+        norm: Literal["task_mean", "full"] = "task_mean",
+        *,
+        form: Literal["low_rank", "cholesky"] = "low_rank",
+        jitter: float = 1e-4,
+        relative_jitter: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for field, value, least in (
+            ("epochs", epochs, 0),
+            ("samples_per_class", samples_per_class, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{field} is {value}; {least} and above is accepted")
+        for field, rate in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not rate >= 0:
+                raise ValueError(f"{field} is {rate}; 0 and above is accepted")
+        if scaling not in ("mean", "feature", None):
+            raise ValueError(f"scaling is {scaling!r}; 'mean', 'feature' or None is accepted")
+        if norm not in ("task_mean", "full"):
+            raise ValueError(f"norm is {norm!r}; 'task_mean' or 'full' is accepted")
+        self.epochs = epochs
+        self.samples_per_class = samples_per_class
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.temperature = temperature
+        self.scaling = scaling
+        self.feature_scale_mu = feature_scale_mu
+        self.lazy = lazy
+        self.batch_source = batch_source
+        self.compat_task_index = compat_task_index
+        self.norm = norm
+        self.seed = seed
+        self.num_workers = num_workers
+        self.gaussians = ClassGaussians(form=form, jitter=jitter, relative_jitter=relative_jitter)
+        self.alignments = 0
+        """How many alignments ran in this process."""
+        self._pending = False  # statistics are there, the heads of this task are still raw
+        self._aligned = False  # the model holds aligned heads, the head's snapshot the raw ones
+        self._measured = False  # the current task's statistics were taken
+
+    # ----------------------------------------------------------------- hooks
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model before any work is done."""
+        self._head(strategy)
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """A new task begins: the raw heads come back before the model grows."""
+        if self._aligned:
+            self._head(strategy).restore()
+        self._aligned = self._pending = self._measured = False
+        self.gaussians.to(strategy.device)
+        repeated = [c for c in _classes(strategy.experience) if c in self.gaussians]
+        if repeated:
+            raise ValueError(
+                f"classes {repeated} were learnt in an earlier experience; a class is accepted in one experience only"
+            )
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """The last epoch is over: a periodic evaluation that comes right now should see aligned heads."""
+        if strategy.clock.train_exp_epochs + 1 >= strategy.train_epochs:
+            self._after_task(strategy)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """The same for a task that stopped early."""
+        if not self._measured:
+            self._after_task(strategy)
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Lazy alignment (needs no autograd, which the evaluation loop switches off)."""
+        if self._pending:
+            self.align(strategy)
+
+    # ------------------------------------------------------------------ work
+    def _after_task(self, strategy: Any) -> None:
+        features, targets = extract_features(
+            strategy.model,
+            strategy.experience.dataset.eval(),
+            batch_size=strategy.eval_mb_size,
+            device=strategy.device,
+            num_workers=self.num_workers,
+        )
+        for class_id in _classes(strategy.experience):
+            self.gaussians.add(class_id, features[targets == class_id])
+        self._measured = self._pending = True
+        if not self.lazy:
+            self.align(strategy)
+
+    def align(self, strategy: Any) -> None:
+        """Align now the heads of all tasks so far, if there is more than one task."""
+        self._pending = False
+        head = self._head(strategy)
+        task = head.num_tasks - 1
+        if task < 1 or self.epochs == 0:
+            return
+        head.snapshot()
+        weight, bias = head.weight_matrix()
+        aligned = align_classifier(
+            weight,
+            bias,
+            self._batches(head, task),
+            head.class_task,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            epochs=self.epochs,
+            temperature=self.temperature,
+            norm=self.norm,
+        )
+        head.load_weight_matrix(*aligned)
+        if self.scaling == "feature":
+            head.set_input_scales([1 + self.feature_scale_mu * (task - k) for k in range(task + 1)])
+        self._aligned = True
+        self.alignments += 1
+
+    def _batches(self, head: TaskwiseLinearHead, task: int) -> Callable[[int], Iterable[tuple[Tensor, Tensor]]]:
+        if self.batch_source is not None:
+            source = self.batch_source
+            return lambda epoch: source(task, epoch)
+        class_task = head.class_task
+        if self.compat_task_index:
+            class_task = reference_task_index(head.num_classes, head.weights[-1].shape[0])
+        seed = np.random.SeedSequence([self.seed, task]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        return gaussian_batches(
+            self.gaussians,
+            head.known_classes,
+            self.samples_per_class,
+            self.samples_per_class,
+            generator=torch.Generator(head.class_task.device).manual_seed(int(seed)),
+            mean_scale=mean_scale(class_task, task) if self.scaling == "mean" else None,
+            feature_scaling=(self.feature_scale_mu, task - class_task) if self.scaling == "feature" else None,
+        )
+
+    def _head(self, strategy: Any) -> TaskwiseLinearHead:
+        parts = find_parts(strategy.model)
+        if not isinstance(parts.head, TaskwiseLinearHead):
+            raise ValueError(
+                f"the classifier {parts.head_name!r} is a {type(parts.head).__name__}; alignment accepts a "
+                "TaskwiseLinearHead (avalanche_firn.models.with_taskwise_head puts one on a model)"
+            )
+        return parts.head
+
+    # ----------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """Class statistics and where in the cycle raw - aligned the heads are (their tensors belong to the model)."""
+        return {
+            "gaussians": self.gaussians.state_dict(),
+            "pending": self._pending,
+            "aligned": self._aligned,
+            "measured": self._measured,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.gaussians.load_state_dict(state["gaussians"])
+        self._pending, self._aligned, self._measured = state["pending"], state["aligned"], state["measured"]
+
+
+def _classes(experience: Any) -> list[int]:
+    """Sorted class ids (a list in one generation of Avalanche's benchmarks, a set in the other)."""
+    return sorted(int(c) for c in experience.classes_in_this_experience)
+
+
+__all__ = [
+    "BatchSource",
+    "ClassifierAlignmentPlugin",
+    "align_classifier",
+    "logit_normalized_cross_entropy",
+    "mean_scale",
+    "symmetric_cross_entropy",
+]

@@ -1,0 +1,99 @@
+"""Local cross-entropy: while training, only the classes of the current experience compete.
+
+Used by SLCA, LoRAC-IPC, L2P and others for class-incremental streams: the units of earlier classes get no gradient that
+pushes them down. In evaluation all classes compete. One gather of columns per step; no host synchronisation in a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def local_cross_entropy(logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy over the columns ``classes`` alone.
+
+    :param logits: ``(B, W)``, column = class id; computed in float32 at least.
+    :param targets: class ids ``(B,)``; rows with a target outside ``classes`` are left out of the mean.
+    :param classes: sorted class ids ``(K,)``, same device.
+    :returns: scalar, nats; NaN if no target is among ``classes``.
+    """
+    position = torch.searchsorted(classes, targets).clamp(max=len(classes) - 1)
+    local = torch.where(classes[position] == targets, position, -100)
+    chosen = logits.index_select(1, classes)
+    return F.cross_entropy(chosen if chosen.dtype == torch.float64 else chosen.float(), local)
+
+
+class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):
+    """Criterion for Avalanche strategies: local cross-entropy in training, over all classes in evaluation.
+
+    Pass it as ``criterion=``; the strategy then registers it as a plugin by itself.
+
+    :param outside: what a training target outside the current experience means. ``"error"``: ValueError, at the first
+        batch of the experience or at the end of the epoch (a replay buffer next to this loss would be ignored silently
+        otherwise). ``"ignore"``: such rows do not count, as in SLCA's released code.
+    """
+
+    stateless = True
+    """Nothing to save in a checkpoint: the classes come from the experience."""
+
+    def __init__(self, *, outside: Literal["error", "ignore"] = "error") -> None:
+        super().__init__()
+        if outside not in ("error", "ignore"):
+            raise ValueError(f"outside is {outside!r}; 'error' or 'ignore' is accepted")
+        self.outside = outside
+        self._classes: Tensor | None = None
+        self._evaluating = False
+        self._check_batch = False
+        self._stray: Tensor | None = None
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Take the classes of the experience."""
+        classes = sorted(int(c) for c in strategy.experience.classes_in_this_experience)
+        if not classes:
+            raise ValueError("the experience has no classes; local cross-entropy needs at least one")
+        self._classes = torch.tensor(classes, device=strategy.device)
+        self._stray = torch.zeros((), dtype=torch.long, device=strategy.device)
+        self._check_batch = self.outside == "error"
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Evaluation: all classes compete."""
+        self._evaluating = True
+
+    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Back to training."""
+        self._evaluating = False
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """One read per epoch: were there targets of other classes?"""
+        if self.outside == "error":
+            self._raise_if_stray()
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """``logits (B, W)`` by class id, ``targets (B,)`` -> scalar loss in nats."""
+        if self._evaluating or self._classes is None:
+            return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
+        if self.outside == "error":
+            assert self._stray is not None
+            self._stray += (~torch.isin(targets, self._classes)).sum()
+            if self._check_batch:
+                self._check_batch = False
+                self._raise_if_stray()
+        return local_cross_entropy(logits, targets, self._classes)
+
+    def _raise_if_stray(self) -> None:
+        count = 0 if self._stray is None else int(self._stray)
+        if count:
+            assert self._classes is not None
+            raise ValueError(
+                f"{count} training targets are outside the classes of the experience, {self._classes.tolist()}, and "
+                "local cross-entropy would ignore them; with a replay buffer use a loss over all seen classes "
+                "(torch.nn.CrossEntropyLoss), or say LocalCrossEntropy(outside='ignore')"
+            )
+
+
+__all__ = ["LocalCrossEntropy", "local_cross_entropy"]
