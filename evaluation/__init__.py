@@ -1,0 +1,51 @@
+"""Continual-learning figures as functions and as Avalanche metrics; intervals, pictures and TensorBoard."""
+
+from avalanche_firn.evaluation.efficiency import Efficiency
+from avalanche_firn.evaluation.figures import curves_figure, save_figure, task_matrix_figure
+from avalanche_firn.evaluation.matrix import (
+    NotEvaluatedError,
+    ResultMatrix,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    incremental_accuracy,
+    last_accuracy,
+)
+from avalanche_firn.evaluation.metrics import (
+    LearningRates,
+    PhaseMetric,
+    ResultMatrixMetric,
+    TrainingLoss,
+    continual_metrics,
+)
+from avalanche_firn.evaluation.statistics import Interval, curve_interval, mean_interval, paired_difference
+from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config, read_scalars, write_summary
+
+__all__ = [
+    "Efficiency",
+    "Interval",
+    "LearningRates",
+    "NotEvaluatedError",
+    "PhaseMetric",
+    "ResultMatrix",
+    "ResultMatrixMetric",
+    "TrainingLoss",
+    "average_accuracy",
+    "backward_transfer",
+    "continual_metrics",
+    "curve_interval",
+    "curves_figure",
+    "forgetting",
+    "forward_transfer",
+    "incremental_accuracy",
+    "last_accuracy",
+    "log_hparams",
+    "log_text_config",
+    "mean_interval",
+    "paired_difference",
+    "read_scalars",
+    "save_figure",
+    "task_matrix_figure",
+    "write_summary",
+]

@@ -1,0 +1,134 @@
+"""What lands in event files, read back from disk."""
+
+import os
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.tensorboard import SummaryWriter
+
+from avalanche_firn.evaluation.statistics import mean_interval
+from avalanche_firn.evaluation.tensorboard import flatten, log_hparams, log_text_config, read_scalars, write_summary
+
+
+def accumulator(path):
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def hparams_of(path):
+    events, found = accumulator(path), {}
+    for tag, content in events.PluginTagToContent("hparams").items():
+        found[tag.rsplit("/", 1)[-1]] = plugin_data_pb2.HParamsPluginData.FromString(content)
+    return found
+
+
+def test_hparams_live_in_the_runs_own_file(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("accuracy/last", 0.5, 0)
+        writer.add_scalar("accuracy/last", 0.75, 1)
+        log_hparams(
+            writer, {"method": "slca", "training": {"lr": 0.1, "nesterov": True, "warmup": None}}, ["accuracy/last"]
+        )
+    assert len(os.listdir(tmp_path)) == 1
+    found = hparams_of(tmp_path)
+    start = found["session_start_info"].session_start_info.hparams
+    assert start["method"].string_value == "slca" and start["training.lr"].number_value == 0.1
+    assert start["training.nesterov"].string_value == "true" and start["training.warmup"].string_value == "none"
+    experiment = found["experiment"].experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["accuracy/last"]
+    assert {info.name for info in experiment.hparam_infos} == set(start)
+    assert found["session_end_info"].session_end_info.status == 1  # success
+    assert read_scalars(tmp_path) == {"accuracy/last": [(0, 0.5), (1, 0.75)]}
+
+
+def test_hparams_write_values_of_a_mapping_and_open_a_lazy_writer(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_hparams(writer, {"seed": 0}, {"final/last": 0.5, "final/forward": None, "final/nan": float("nan")})
+        with pytest.raises(ValueError, match="hparams"):
+            log_hparams(writer, {}, ["a"])
+    assert read_scalars(tmp_path) == {"final/last": [(0, 0.5)]}
+    infos = hparams_of(tmp_path)["experiment"].experiment.metric_infos
+    assert [info.name.tag for info in infos] == ["final/last"]
+
+
+def test_flatten():
+    nested = {"a": {"b": {"c": 1}}, "list": [1, "x"], "none": None, "flag": False, "path": os}
+    flat = flatten(nested)
+    assert flat["a.b.c"] == 1 and flat["list"] == '[1, "x"]' and flat["none"] == "none" and flat["flag"] is False
+    assert isinstance(flat["path"], str)
+
+
+def test_config_is_verbatim_text(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_text_config(writer, "method: slca\n# ``` *not* markdown\n  lr: 0.1")
+    events = accumulator(tmp_path)
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines() == ["    method: slca", "    # ``` *not* markdown", "      lr: 0.1"]
+
+
+def layout_of(path):
+    proto = accumulator(path).Tensors("custom_scalars__config__")[0].tensor_proto
+    return {
+        c.title: {chart.title: chart for chart in c.chart}
+        for c in layout_pb2.Layout.FromString(proto.string_val[0]).category
+    }
+
+
+def test_summary_run(tmp_path):
+    naive, joint = [[0.9, 0.5, 0.3], [0.8, 0.6, 0.2], [0.7, 0.4, np.nan]], [[0.97]]
+    curves = {
+        "accuracy/last": {"naive (sgd)": naive, "joint": joint},
+        "forgetting/average": {"naive (sgd)": [[np.nan, 0.4]]},
+    }
+    (tmp_path / "report.md").write_text("kept")
+    for _ in range(2):  # the second call replaces the first
+        written = write_summary(tmp_path, curves)
+    assert (tmp_path / "report.md").exists() and len(list(tmp_path.glob("*tfevents*"))) == 1
+    scalars = read_scalars(tmp_path)
+    interval = mean_interval([0.9, 0.8, 0.7])
+    name = "accuracy/last/naive (sgd)"
+    assert scalars[f"{name}/mean"][0][1] == pytest.approx(interval.mean)
+    assert scalars[f"{name}/lower"][0][1] == pytest.approx(interval.lower)
+    assert scalars[f"{name}/upper"][0][1] == pytest.approx(interval.upper)
+    assert [step for step, _ in scalars[f"{name}/upper"]] == [0, 1, 2]
+    assert scalars["forgetting/average/naive (sgd)/mean"] == [(1, pytest.approx(0.4))]
+    assert not any("joint" in tag and not tag.endswith("mean") for tag in scalars)
+    flat = {f"{tag}/{part}": points for tag, parts in written.items() for part, points in parts.items()}
+    assert {tag: [(s, np.float32(v)) for s, v in points] for tag, points in flat.items()} == scalars
+
+    layout = layout_of(tmp_path)
+    overview = layout["all methods (mean over seeds)"]
+    assert list(overview) == ["accuracy/last", "forgetting/average"]
+    assert list(layout["accuracy/last (interval over seeds)"]) == [name]
+    series = layout["accuracy/last (interval over seeds)"][name].margin.series[0]
+    assert (series.value, series.lower, series.upper) == (f"{name}/mean", f"{name}/lower", f"{name}/upper")
+    assert "forgetting/average (interval over seeds)" not in layout
+    import re
+
+    for metric, chart in overview.items():  # exactly one line per method
+        for pattern in chart.multiline.tag:
+            assert len([tag for tag in scalars if re.match(pattern, tag)]) == 1
+        assert len(chart.multiline.tag) == len(curves[metric])
+
+
+def test_summary_pads_seeds_and_refuses_none(tmp_path):
+    write_summary(tmp_path, {"m": {"a": [[0.5, 0.25], [0.5]]}})
+    assert read_scalars(tmp_path)["m/a/mean"] == [(0, 0.5), (1, 0.25)]
+    with pytest.raises(ValueError, match="without seeds"):
+        write_summary(tmp_path, {"m": {"a": []}})
+
+
+def test_read_scalars_keeps_every_point_and_honours_a_purge(tmp_path):
+    with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
+        for step in range(12_000):
+            writer.add_scalar("loss/train", 1.0, step)
+    with SummaryWriter(str(tmp_path), filename_suffix=".1", purge_step=11_000) as writer:
+        writer.add_scalar("loss/train", 2.0, 11_000)
+    points = read_scalars(tmp_path)["loss/train"]
+    assert len(points) == 11_001 and points[-1] == (11_000, 2.0)
+    with pytest.raises(FileNotFoundError, match="event file"):
+        read_scalars(tmp_path / "elsewhere")
