@@ -1,5 +1,6 @@
 """Plugins for any Avalanche SGD strategy, and the functions that they are made of."""
 
+from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.class_statistics import ClassGaussians, class_statistics
 from avalanche_firn.plugins.classifier_alignment import (
     ClassifierAlignmentPlugin,
@@ -17,6 +18,7 @@ from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
 __all__ = [
     "ClassGaussians",
     "ClassifierAlignmentPlugin",
+    "ExactCheckpointPlugin",
     "FreshOptimizerPlugin",
     "LocalCrossEntropy",
     "MixedPrecisionPlugin",

@@ -1,0 +1,326 @@
+"""Small strategies on digits for the checkpoint tests, and ways to run, crash and compare them."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from avalanche.benchmarks import class_incremental_benchmark, nc_benchmark, task_incremental_benchmark, with_task_labels
+from avalanche.benchmarks.utils import concat_datasets
+from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics, loss_metrics
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
+from avalanche.training import Naive
+from avalanche.training.plugins import (
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    EWCPlugin,
+    LRSchedulerPlugin,
+    SupervisedPlugin,
+    SynapticIntelligencePlugin,
+)
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.parts import FeatureClassifier
+from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
+from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+from avalanche_firn.plugins.plain_state import differing_state
+from avalanche_firn.plugins.strategy_state import capture_strategy
+from avalanche_firn.strategies.slca import SLCA
+
+X, Y = load_digits(return_X_y=True)
+X, Y = torch.tensor(X, dtype=torch.float32) / 16, torch.tensor(Y)
+
+
+class Crash(Exception):
+    """What ends a run in these tests."""
+
+
+class Bomb(SupervisedPlugin):
+    """Raises in the n-th call of a hook."""
+
+    stateless = True
+
+    def __init__(self, hook: str = "", count: int = -1) -> None:
+        super().__init__()
+        self.calls = 0
+        if hook:
+            setattr(self, hook, self._tick)
+        self.count = count
+
+    def _tick(self, strategy: Any, **kwargs: Any) -> None:
+        self.calls += 1
+        if self.calls == self.count:
+            raise Crash
+
+
+class Noisy(TensorDataset):
+    """Augmentation that draws from all global generators, in whichever process loads the data."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.05 * (torch.rand(()) + random.random() + np.random.rand()).float(), y
+
+
+def dataset(part: slice, kind: type = TensorDataset):
+    data = kind(X[part], Y[part])
+    data.targets = Y[part].tolist()
+    return data
+
+
+def stream(kind: type = TensorDataset, train: int = 128, **kwargs: Any):
+    """Three experiences of 4, 3 and 3 classes, with task labels."""
+    parts = {"train": dataset(slice(0, train), kind), "test": dataset(slice(400, 450))}
+    order = [3, 1, 7, 0, 9, 2, 8, 4, 6, 5]
+    return with_task_labels(class_incremental_benchmark(parts, class_order=order, num_classes_per_exp=[4, 3, 3]))
+
+
+def mlp(**kwargs: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 10))
+
+
+def evaluator(*loggers: Any, **kwargs: Any) -> EvaluationPlugin:
+    return EvaluationPlugin(
+        accuracy_metrics(minibatch=True, epoch=True, epoch_running=True, experience=True, stream=True),
+        loss_metrics(minibatch=True, epoch=True, experience=True, stream=True),
+        forgetting_metrics(experience=True, stream=True),
+        bwt_metrics(experience=True),
+        loggers=list(loggers),
+        **kwargs,
+    )
+
+
+COMMON = {"train_mb_size": 10, "train_epochs": 2, "eval_mb_size": 64}
+
+
+def naive_adam(plugins, loggers=()):
+    """Optimizer state and schedule cross experiences; older generation of benchmarks."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = LRSchedulerPlugin(torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7), reset_lr=False)
+    data = (dataset(slice(0, 128)), dataset(slice(400, 450)))
+    bm = nc_benchmark(*data, n_experiences=5, task_labels=False, shuffle=False)
+    strategy = Naive(
+        model=model, optimizer=optimizer, plugins=[schedule, *plugins], evaluator=evaluator(*loggers), **COMMON
+    )
+    return strategy, bm, {"eval_streams": []}
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.2))
+        self.head = IncrementalClassifier(24, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def growing(plugins, loggers=(), **kwargs):
+    """Avalanche's growing head in two groups with momentum, grown by a periodic evaluation of the test stream."""
+    model = Growing()
+    groups = [{"params": model.body.parameters(), "lr": 0.01}, {"params": model.head.parameters(), "lr": 0.1}]
+    bm = stream(**kwargs)
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3),
+        plugins=plugins,
+        evaluator=evaluator(*loggers),
+        eval_every=1,
+        **COMMON,
+    )
+    return strategy, bm, {"eval_streams": [bm.test_stream]}
+
+
+def growing_by_iteration(plugins, loggers=()):
+    """Periodic evaluation inside an epoch: the head grows between two batches."""
+    strategy, bm, _ = growing(plugins, loggers)
+    strategy.eval_every = 3
+    for plugin in strategy.plugins:
+        if hasattr(plugin, "peval_mode"):
+            plugin.eval_every, plugin.peval_mode, plugin.do_initial = 3, "iteration", False
+    return strategy, bm, {"eval_streams": [bm.test_stream]}
+
+
+def sgd(model: nn.Module, plugins: list[Any], loggers=(), strategy: Any = Naive, **kwargs: Any):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    settings = {**COMMON, "evaluator": evaluator(*loggers), **kwargs}
+    return strategy(model=model, optimizer=optimizer, plugins=plugins, **settings)
+
+
+def early_stopping(plugins, loggers=()):
+    bm = stream()
+    stopper = EarlyStoppingPlugin(1, "test_stream", "Top1_Acc_Stream", margin=0.2)
+    settings = {"train_epochs": 4, "eval_every": 1}
+    return sgd(mlp(), [stopper, *plugins], loggers, **settings), bm, {"eval_streams": [bm.test_stream]}
+
+
+class StopInside(SupervisedPlugin):
+    """Ends an experience in the middle of its second epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stops = 0
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if strategy.clock.train_exp_epochs == 1 and strategy.clock.train_epoch_iterations == 1:
+            self.stops += 1
+            strategy.stop_training()
+
+
+def stopped_epochs(plugins, loggers=()):
+    return sgd(mlp(), [StopInside(), *plugins], loggers, train_epochs=5), stream(), {"eval_streams": []}
+
+
+def ewc(plugins, loggers=()):
+    return (
+        sgd(mlp(), [EWCPlugin(50.0, mode="online", decay_factor=0.5), *plugins], loggers),
+        stream(),
+        {"eval_streams": []},
+    )
+
+
+def synaptic_intelligence(plugins, loggers=()):
+    return sgd(mlp(), [SynapticIntelligencePlugin(0.1), *plugins], loggers), stream(), {"eval_streams": []}
+
+
+def workers(plugins, loggers=()):
+    """Augmentation in worker processes, in the modern loader."""
+    settings = {"eval_streams": [], "num_workers": 2}
+    return sgd(mlp(), plugins, loggers), stream(Noisy), settings
+
+
+def lasting_workers(plugins, loggers=()):
+    """Workers that live through the epochs of an experience carry their random state along."""
+    settings = {"eval_streams": [], "num_workers": 2, "persistent_workers": True}
+    return sgd(mlp(), plugins, loggers, train_epochs=3), stream(Noisy), settings
+
+
+def augmented(plugins, loggers=()):
+    """Augmentation and dropout draw from the same generators in turn."""
+    return sgd(mlp(), plugins, loggers), stream(Noisy), {"eval_streams": []}
+
+
+class ManyHeads(MultiTaskModule):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.2))
+        self.head = MultiHeadClassifier(24, masking=False)
+
+    def forward(self, x, task_labels):
+        return self.head(self.body(x), task_labels)
+
+
+def head_per_task(plugins, loggers=()):
+    """Avalanche's multi-head classifier gets a head per task; momentum crosses tasks."""
+    data = (dataset(slice(0, 128)), dataset(slice(400, 450)))
+    bm = nc_benchmark(*data, n_experiences=5, task_labels=True, shuffle=False, class_ids_from_zero_in_each_exp=True)
+    return sgd(ManyHeads(), plugins, loggers), bm, {"eval_streams": []}
+
+
+class Everything(SupervisedPlugin):
+    stateless = True
+
+    def __init__(self, experiences):
+        super().__init__()
+        sizes = (len(experiences[0].dataset), 14, 11)
+        self.datasets = [e.dataset.subset(range(n)) for e, n in zip(experiences, sizes, strict=True)]
+
+    def after_train_dataset_adaptation(self, strategy, **kwargs):
+        strategy.adapted_dataset = concat_datasets([d.train() for d in self.datasets])
+
+
+def several_tasks(plugins, loggers=()):
+    """A task-balanced loader shuffles the short datasets again whenever they run out, in the middle of an epoch."""
+    bm = task_incremental_benchmark(stream(Noisy), reset_task_labels=True)
+    return sgd(mlp(), [Everything(bm.train_stream), *plugins], loggers), bm, {"eval_streams": []}
+
+
+def slca(plugins, loggers=(), **kwargs):
+    bm = stream()
+    backbone = nn.Sequential(nn.Linear(64, 24), nn.LayerNorm(24), nn.ReLU(), nn.Dropout(0.2))
+    strategy = SLCA(
+        model=FeatureClassifier(backbone, TaskwiseLinearHead(24)),
+        backbone_scale=0.1,
+        milestones=[1],
+        plugins=plugins,
+        evaluator=evaluator(*loggers),
+        **{**COMMON, **kwargs},
+    )
+    return strategy, bm, {"eval_streams": [bm.test_stream] if "eval_every" in kwargs else []}
+
+
+def slca_evaluated(plugins, loggers=()):
+    return slca(plugins, loggers, eval_every=1)
+
+
+def slca_bf16(plugins, loggers=()):
+    return slca([MixedPrecisionPlugin("bf16"), *plugins], loggers)
+
+
+RECIPES = [
+    naive_adam, growing, growing_by_iteration, early_stopping, stopped_epochs, ewc, synaptic_intelligence, workers,
+    lasting_workers, augmented, slca, slca_evaluated, slca_bf16, head_per_task,
+]  # fmt: skip
+
+
+def play(
+    recipe: Callable[..., Any],
+    folder: Path,
+    bomb: Bomb | None = None,
+    *,
+    seed: int = 0,
+    loggers: Callable[[], list[Any]] = list,
+    **kwargs: Any,
+):
+    """Build everything from ``seed`` and run to the end, or to the crash."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    kwargs = {"every": 4, **kwargs}
+    checkpoint = ExactCheckpointPlugin(folder, **kwargs) if kwargs["every"] is not None else None
+    strategy, bm, settings = recipe([p for p in (bomb or Bomb(), checkpoint) if p is not None], loggers())
+    start = 0 if checkpoint is None else checkpoint.resume(strategy)
+    results = []
+    for experience in bm.train_stream[start:]:
+        if checkpoint is None or not checkpoint.is_trained(experience):
+            strategy.train(experience, **settings)
+        results.append(strategy.eval(bm.test_stream))
+    return strategy, results
+
+
+def crash(recipe, folder, hook, count, **kwargs):
+    with pytest.raises(Crash):
+        play(recipe, folder, Bomb(hook, count), **kwargs)
+    gc.collect()  # loader workers end now, and not while the next ones are started
+
+
+def state_of(strategy) -> dict[str, Any]:
+    """The whole state; the bomb's own entry has no state, the checkpoint plugin is left out."""
+    state = capture_strategy(strategy)
+    state["plugins"] = [p for p in state["plugins"] if "checkpoint" not in p["class"]]
+    return state
+
+
+def assert_same(run, reference) -> None:
+    strategy, results = run
+    expected, expected_results = reference
+    assert differing_state(state_of(expected), state_of(strategy)) is None
+    assert results[-1] == expected_results[-1]
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """All scalars of the event files in a folder: (tag, step, value), sorted."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return sorted((tag, e.step, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag))

@@ -1,0 +1,244 @@
+"""Runs that are killed by SIGKILL, at random places and at random times, and resumed until they end.
+
+A fork server pays for the imports once; each run is a process of its own. It leaves a mark in a file at every step
+(hooks of the strategy, operations on files), so a test can kill it at a chosen mark and see later where it died.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+
+CHILD = "__checkpoint_child__"
+FINAL = ("weights.safetensors", "results.json")
+PRELOAD = [
+    "avalanche.training",
+    "avalanche.benchmarks",
+    "avalanche.logging",
+    "sklearn.datasets",
+    "pytest",
+    "avalanche_firn.plugins.checkpoint",
+    "avalanche_firn.strategies.slca",
+    "tensorboard.backend.event_processing.event_accumulator",
+]
+
+
+# --------------------------------------------------------------- the child
+class Marks:
+    """Counts steps, keeps the last one in a file that survives the process, and kills the process at a given count."""
+
+    def __init__(self, path: Path, kill_at: int | None, only: str | None) -> None:
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.kill_at = kill_at
+        self.only = only
+        self.count = 0
+
+    def __call__(self, phase: str) -> None:
+        if self.only in (None, phase):
+            self.count += 1
+        os.pwrite(self.file, f"{self.count:6d} {phase:12s}".encode(), 0)
+        if self.kill_at is not None and self.count >= self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, function: Any, phase: str = "files") -> Any:
+        """``function`` with a mark before and after it."""
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self(phase)
+            result = function(*args, **kwargs)
+            self(phase)
+            return result
+
+        return marked
+
+
+def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> None:
+    """One process: build everything, resume, run to the end, write the final weights and results."""
+    import checkpoint_recipes as recipes
+    import torch
+    from avalanche.logging import TensorboardLogger
+    from avalanche.training.plugins import SupervisedPlugin
+    from safetensors.torch import save_file
+
+    from avalanche_firn.plugins import checkpoint_files
+    from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
+
+    torch.set_num_threads(1)
+    run = Path(folder)
+    mark = Marks(run / "mark", kill_at, only)
+    mark("building")
+    for name in ("fsync", "rename", "truncate", "unlink"):
+        setattr(os, name, mark.around(getattr(os, name)))
+    checkpoint_files.save_file = mark.around(checkpoint_files.save_file)
+    checkpoint_files.shutil.rmtree = mark.around(shutil.rmtree)
+    checkpoint_files.cut_back = mark.around(checkpoint_files.cut_back)
+
+    class Marker(SupervisedPlugin):
+        stateless = True
+
+    def watch(hook: str) -> None:
+        phase = "evaluating" if "eval" in hook else "opening" if hook in opening else "training"
+        setattr(Marker, hook, lambda self, strategy, **kwargs: mark(phase))
+
+    opening = ("before_training", "before_train_dataset_adaptation", "before_training_exp", "before_training_epoch")
+    for hook in dir(SupervisedPlugin):
+        if hook.startswith(("before_", "after_")):
+            watch(hook)
+
+    torch.manual_seed(0)
+    random.seed(0)
+    events = [run / "events.out.tfevents.*"]
+    checkpoint = ExactCheckpointPlugin(run / "checkpoint", every=3, append_only=events)
+    strategy, bm, settings = getattr(recipes, recipe)([Marker(), checkpoint], [TensorboardLogger(run)])
+    mark("resuming")
+    start = checkpoint.resume(strategy)
+    results: dict[str, Any] = {}
+    for experience in bm.train_stream[start:]:
+        if not checkpoint.is_trained(experience):
+            strategy.train(experience, **settings)
+        mark("between")
+        results = strategy.eval(bm.test_stream)
+        mark("between")
+    strategy.evaluator.loggers[0].writer.close()
+    save_file({k: v.contiguous() for k, v in strategy.model.state_dict().items()}, run / "weights.safetensors")
+    (run / "results.json").write_text(json.dumps({k: repr(v) for k, v in sorted(results.items())}))
+    mark("done")
+
+
+if __name__ == CHILD:
+    child(**CONFIG)  # type: ignore[name-defined]  # noqa: F821
+
+
+# --------------------------------------------------------------- the parent
+def launch(folder: Path, kill_at: int | None = None, only: str | None = None, after: float | None = None) -> str | None:
+    """Run a child in ``recipe/folder``. None if it ended by itself, else the phase in which it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mark").unlink(missing_ok=True)
+    config = {"folder": str(folder), "kill_at": kill_at, "only": only, "recipe": folder.parent.name}
+    process = context.Process(
+        target=runpy.run_path, args=(__file__,), kwargs={"init_globals": {"CONFIG": config}, "run_name": CHILD}
+    )
+    process.start()
+    if after is not None:
+        while not (folder / "mark").exists() and process.is_alive():
+            time.sleep(0.001)
+        process.join(after)
+        if process.is_alive():
+            process.kill()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL), f"the run failed with exit code {process.exitcode}"
+    return None if process.exitcode == 0 else (folder / "mark").read_text().split()[1]
+
+
+def story(folder: Path) -> tuple[Any, ...]:
+    """Final weights and results as bytes, and every scalar of the event files."""
+    from checkpoint_recipes import scalars
+
+    return (*((folder / name).read_bytes() for name in FINAL), scalars(folder))
+
+
+def steps(folder: Path) -> int:
+    return int((folder / "mark").read_text().split()[0])
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """Uninterrupted runs by recipe: story, number of marks, duration in seconds."""
+    made: dict[str, Any] = {}
+
+    def get(recipe: str) -> tuple[tuple[Any, ...], int, float]:
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp("kill") / recipe / "reference"
+            launch(folder)
+            shutil.rmtree(folder)
+            began = time.monotonic()
+            assert launch(folder) is None
+            made[recipe] = story(folder), steps(folder), time.monotonic() - began
+        return made[recipe]
+
+    return get
+
+
+def kill_until_done(folder: Path, draw: Any, expected: tuple[Any, ...], limit: int = 60) -> list[str]:
+    """Launch with kills from ``draw()`` until a run ends, compare its story, and give the phases of the kills."""
+    phases = []
+    for _ in range(limit):
+        phase = launch(folder, **draw())
+        if phase is None:
+            assert story(folder) == expected
+            return phases
+        phases.append(phase)
+    pytest.fail(f"no run came to its end in {limit} launches; killed in {Counter(phases)}")
+
+
+def test_the_run_covers_what_is_to_be_killed(references):
+    (weights, results, events), marks, _ = references("slca_evaluated")
+    assert len(weights) > 1000 and b"Top1_Acc_Stream" in results
+    assert len({tag for tag, _, _ in events}) > 10 and len(events) > 200
+    assert marks > 400
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kills"),
+    [("slca_evaluated", 20), ("growing", 6), pytest.param("slca_evaluated", 200, marks=pytest.mark.slow)],
+)
+def test_kills_at_random_places(recipe, kills, references, tmp_path):
+    """At random steps, anywhere between the first line of a process and its last event."""
+    expected, marks, _ = references(recipe)
+    rng = random.Random(2026)
+    phases: list[str] = []
+    for chain in range(3 * kills):
+        if len(phases) >= kills:
+            break
+        phases += kill_until_done(
+            tmp_path / recipe / str(chain), lambda: {"kill_at": rng.randrange(1, marks)}, expected
+        )
+    print("killed in", dict(Counter(phases)))
+    assert len(phases) >= kills
+    assert kills < 20 or {"files", "training", "evaluating"} <= set(phases)
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_kills_at_random_times(kills, references, tmp_path):
+    """From outside, after a random time, wherever the process happens to be."""
+    expected, _, seconds = references("slca_evaluated")
+    rng = random.Random(kills)
+    phases: list[str] = []
+    for chain in range(3 * kills):
+        if len(phases) >= kills:
+            break
+        began, killed = time.monotonic(), len(phases)
+        draw = functools.partial(rng.uniform, 0, 0.6 * seconds)
+        folder = tmp_path / "slca_evaluated" / str(chain)
+        phases += kill_until_done(folder, lambda draw=draw: {"after": draw()}, expected)
+        if len(phases) == killed:  # a whole run takes this long at the moment
+            seconds = min(seconds, time.monotonic() - began)
+    print("killed in", dict(Counter(phases)))
+    assert len(phases) >= kills
+
+
+def test_kills_at_every_operation_on_files(references, tmp_path):
+    """Operation 1, 3, 5, ... of a process, in one chain: saving, cutting back event files, deleting old checkpoints."""
+    expected, _, _ = references("slca_evaluated")
+    operations = iter([*range(1, 60, 2), None])
+    draw = lambda: {"kill_at": next(operations), "only": "files"}  # noqa: E731
+    phases = kill_until_done(tmp_path / "slca_evaluated" / "run", draw, expected)
+    assert len(phases) >= 20 and set(phases) == {"files"}
