@@ -85,7 +85,7 @@ def load_backbone(
     :param name: a ``timm.create_model`` name, with or without tag ("vit_base_patch16_224.augreg_in21k"), ours
         (``list_backbones()``) or with a source ("hf-hub:OWNER/NAME").
     :param pretrained: True: timm's weights for that name (downloaded by timm unless cached; ours are in the package).
-        False: random initialisation.
+        False: random initialisation, unless ``weights`` names a file.
     :param weights: local file for the architecture ``name`` instead: .safetensors, or .pth/.pt/.bin with tensors only
         (unpickled with ``weights_only=True``). Stored in any float type, loaded in the type of the model (float32).
         The file may hold the architecture's classifier, which is dropped.
@@ -128,10 +128,6 @@ def _check_arguments(name: Any, pretrained: Any, weights: Any, timm_kwargs: dict
         raise TypeError(f"name={name!r}: a timm model name (str) is expected")
     if not isinstance(pretrained, bool):
         raise TypeError(f"pretrained={pretrained!r}: True or False is expected; a file goes into weights=")
-    if weights is not None and not pretrained:
-        raise ValueError(
-            f"pretrained=False (random weights) contradicts weights={str(weights)!r}; leave out one of them"
-        )
     if weights is not None and ":" in name:
         raise ValueError(
             f"name={name!r} with weights={str(weights)!r}: a local file needs the plain name of its architecture"

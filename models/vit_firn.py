@@ -185,5 +185,5 @@ def vit_firn_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 
 @register_model
 def vit_tin_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """2.8 million parameters, features of 192; no shipped weights, for natural images."""
+    """2.9 million parameters, features of 192; no shipped weights, for natural images."""
     return _create("vit_tin_32", pretrained, **{"embed_dim": 192, "depth": 6, "num_heads": 3, **kwargs})
