@@ -1,0 +1,126 @@
+"""Every method on every kind of tiny backbone, in each precision, alone and beside Avalanche's Replay and EWC.
+
+Each cell trains two tasks of real digits: the training loss falls, all weights are finite, a pre-trained
+backbone has learnt the second task, and model and plugin states survive a round trip into freshly built objects.
+"""
+
+import pytest
+import timm
+import torch
+from avalanche.training.plugins import EWCPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.supervised import Naive
+from torch import nn
+
+from avalanche_firn.benchmarks import digits_stream
+from avalanche_firn.models import with_taskwise_head
+from avalanche_firn.plugins import (
+    ClassifierAlignmentPlugin,
+    FreshOptimizerPlugin,
+    LocalCrossEntropy,
+    MixedPrecisionPlugin,
+    SlowLearnerPlugin,
+)
+from avalanche_firn.strategies import SLCA
+
+
+class PaperConvNet(nn.Module):
+    """A small convolutional network of the kind that meta-learning papers use; features (B, 512)."""
+
+    num_features = 512
+
+    def __init__(self):
+        super().__init__()
+        blocks = [(3, 16), (16, 16), (16, 32)]
+        self.body = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(4, o), nn.ReLU()) for i, o in blocks), nn.Flatten()
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+BACKBONES = {
+    # a transformer from scratch stays at chance for longer than a test may take
+    "vit": lambda: timm.create_model("vit_firn_32.omniglot", pretrained=True),
+    "resnet": lambda: timm.create_model("resnet10t"),
+    "convnet": PaperConvNet,
+}
+
+
+class Losses(SupervisedPlugin):
+    """Loss of each iteration, per task."""
+
+    def __init__(self):
+        super().__init__()
+        self.tasks = []
+
+    def before_training_exp(self, strategy, **kwargs):
+        self.tasks.append([])
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.tasks[-1].append(strategy.loss.detach().mean())
+
+
+def build(method, backbone, precision, others, losses):
+    torch.manual_seed(0)
+    plugins = [*others, losses, MixedPrecisionPlugin(precision)]
+    model = with_taskwise_head(BACKBONES[backbone](), freeze_old=method != "naive")
+    common = dict(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), train_mb_size=24, train_epochs=2,
+        eval_mb_size=256, evaluator=None,
+    )  # fmt: skip
+    replay = any(isinstance(p, ReplayPlugin) for p in others)
+    criterion = nn.CrossEntropyLoss() if replay or method == "naive" else LocalCrossEntropy()
+    if method == "slca":
+        own = ClassifierAlignmentPlugin(samples_per_class=32)
+        return SLCA(**common, criterion=criterion, backbone_scale=0.05, alignment=own, plugins=plugins)
+    first = FreshOptimizerPlugin() if method == "naive" else SlowLearnerPlugin(0.05)
+    return Naive(**common, criterion=criterion, plugins=[first, *plugins])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return digits_stream(tasks=5)
+
+
+CELLS = [
+    *((m, b, p, None) for m in ("naive", "slow_learner", "slca") for b in BACKBONES for p in ("fp32", "bf16")),
+    *((m, "convnet", "fp32", c) for m in ("slow_learner", "slca") for c in ("replay", "ewc")),
+    ("slca", "convnet", "fp16", None),
+]
+
+
+@pytest.mark.parametrize(("method", "backbone", "precision", "companion"), CELLS)
+def test_two_tasks(digits, method, backbone, precision, companion):
+    def others():
+        return {None: [], "replay": [ReplayPlugin(mem_size=40)], "ewc": [EWCPlugin(ewc_lambda=0.1)]}[companion]
+
+    losses = Losses()
+    strategy = build(method, backbone, precision, others(), losses)
+    for experience in digits.train[:2]:
+        torch.manual_seed(experience.current_experience)
+        strategy.train(experience, eval_streams=[])
+    for task in losses.tasks:
+        quarter = len(task) // 4
+        assert torch.stack(task[-quarter:]).mean() < 0.8 * torch.stack(task[:quarter]).mean()
+    strategy.eval(digits.test[:2])
+    assert all(torch.isfinite(v).all() for v in strategy.model.state_dict().values())
+
+    rows = range(0, len(digits.test[1].dataset), 2)
+    images = torch.stack([digits.test[1].dataset[i][0] for i in rows])
+    strategy.model.eval()
+    expected = strategy.model(images)
+    wanted = torch.tensor([digits.test[1].dataset[i][1] for i in rows])
+    newest = sorted(digits.train[1].classes_in_this_experience)
+    accuracy = (torch.tensor(newest)[expected[:, newest].argmax(1)] == wanted).float().mean()
+    if backbone == "vit":  # the others start from random weights: two epochs teach the loss, not yet the test images
+        assert accuracy > 0.9
+
+    fresh = build(method, backbone, precision, others(), Losses())
+    fresh.model.load_state_dict(strategy.model.state_dict())
+    fresh.model.head.adaptation(digits.train[0])  # puts the head into class-id order, as the strategy does
+    torch.testing.assert_close(fresh.model.eval()(images), expected, rtol=0, atol=0)
+    for old, new in zip(strategy.plugins, fresh.plugins, strict=True):
+        if hasattr(old, "load_state_dict"):
+            new.load_state_dict(old.state_dict())
+            assert new.state_dict().keys() == old.state_dict().keys()
