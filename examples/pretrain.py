@@ -304,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": counts,
         "command": shlex.join(["python", "examples/pretrain.py", *(sys.argv[1:] if argv is None else argv)]),
         "settings": trainer.settings,
+        "device": f"{args.device}, {torch.get_num_threads()} CPU threads",
         "mean": trainer.config["mean"],
         "std": trainer.config["std"],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},

@@ -284,8 +284,7 @@ class ClassGaussians:
         rows = torch.cat([factor, mean[None]]).to(device=like.device, dtype=dtype)
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(f"class {class_id}: the statistics overflow {dtype}")
-        for changed in {len(rows), len(self._rows.get(class_id, rows))}:
-            self._stacks.pop(changed, None)
+        self._stacks.pop(len(rows), None)
         self._rows[class_id], self._noise[class_id] = rows, noise
 
     def _stacked(self, ids: list[int]) -> Tensor:
@@ -366,10 +365,7 @@ def _centre(features: Tensor, name: str) -> tuple[Tensor, Tensor]:
     _check_features(features, name, 2)
     features = _float64(features)
     mean = features.mean(0)
-    centred = features - mean
-    # A second pass removes the rounding of the first mean, which matters for a small spread far from zero.
-    correction = centred.mean(0)
-    return mean + correction, centred - correction
+    return mean, features - mean
 
 
 def _float64(tensor: Tensor) -> Tensor:

@@ -273,6 +273,9 @@ def test_any_iterable_of_batches_and_zero_epochs():
     listed = align_classifier(weight, bias, lambda e: data[e], [0] * 6, epochs=3)
     lazy = align_classifier(weight, bias, lambda e: iter(data[e]), [0] * 6, epochs=3)
     assert torch.equal(listed[0], lazy[0]) and torch.equal(listed[1], lazy[1])
+    tracked = [[(x.clone().requires_grad_(), y) for x, y in epoch] for epoch in data]
+    graph = align_classifier(weight.requires_grad_(), bias, lambda e: tracked[e], [0] * 6, epochs=3)
+    assert torch.equal(graph[0], lazy[0]) and not graph[0].requires_grad and not graph[1].requires_grad
     same = align_classifier(weight, bias, lambda e: data[e], [0] * 6, epochs=0)
     assert torch.equal(same[0], weight) and same[0].data_ptr() != weight.data_ptr()
 
@@ -303,6 +306,9 @@ def test_divergence_stops_with_the_epoch():
     weight, bias, data = random_problem(torch.float32)
     with pytest.raises(FloatingPointError, match="alignment epoch 0"):
         align_classifier(weight, bias, lambda e: data[e], [0] * 6, epochs=1, lr=1e38, temperature=None)
+    last_step = [(1e3 * data[0][0][0], data[0][0][1])]  # a finite loss, then a step out of range
+    with pytest.raises(FloatingPointError, match=r"alignment epoch 0: mean loss \d"):
+        align_classifier(weight, bias, lambda e: last_step, [0] * 6, epochs=1, lr=1e38, temperature=None)
 
 
 def test_unfit_alignment_arguments():

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metrics import timing_metrics
-from avalanche.logging import InteractiveLogger
+from avalanche.logging import BaseLogger, InteractiveLogger
 from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_firn.plugins import checkpoint_files
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
@@ -117,6 +119,62 @@ def test_every_iteration_is_a_place_to_stop(tmp_path, references):
     # 2 epochs of 3 batches in each experience; iteration 9 ends an epoch and is saved where the next one starts
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000000011", "step-000000010"]
     assert_same(play(naive_adam, tmp_path, seed=99, every=1), references(naive_adam))
+
+
+class LastBatch(SupervisedPlugin):
+    """Looks, at the end of an epoch, at what its last batch left behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def after_training_epoch(self, strategy, **kwargs):
+        self.seen.append([strategy.mb_output.sum().item(), strategy.mb_y.tolist()])
+
+
+def test_the_end_of_an_epoch_sees_its_last_batch(tmp_path):
+    def recipe(plugins, loggers=()):
+        strategy, bm, settings = naive_adam(plugins, loggers)
+        strategy.plugins.insert(0, LastBatch())
+        return strategy, bm, settings
+
+    reference = play(recipe, tmp_path / "reference", every=None)
+    crash(recipe, tmp_path / "run", "after_training_epoch", 1, every=3)  # due exactly at the last batch of the epoch
+    assert_same(play(recipe, tmp_path / "run", seed=99, every=3), reference)
+
+
+class Opened(PluginMetric):
+    """Emits a value when an experience opens."""
+
+    def reset(self):
+        pass
+
+    def result(self):
+        return 1.0
+
+    def before_training_exp(self, strategy):
+        return [MetricValue(self, "opened", 1.0, strategy.clock.train_exp_counter)]
+
+
+class Listener(BaseLogger):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def log_single_metric(self, name, value, x_plot):
+        self.heard.append((name, x_plot))
+
+
+def test_the_opening_of_an_experience_is_logged_once(tmp_path):
+    listener = Listener()
+
+    def recipe(plugins, loggers=()):
+        metrics = EvaluationPlugin(Opened(), loggers=[listener])
+        return sgd(mlp(), plugins, evaluator=metrics), stream(), {"eval_streams": []}
+
+    crash(recipe, tmp_path, "before_backward", 18)
+    play(recipe, tmp_path, seed=99)
+    assert listener.heard == [("opened", 0), ("opened", 1), ("opened", 2)]
 
 
 def test_several_tasks_in_one_experience(tmp_path):
