@@ -1,0 +1,234 @@
+"""The configuration of a comparison: methods, seeds, and the sections they share.
+
+A run is a configuration with one method and one seed (:meth:`Config.single`), so the ``config.yaml`` of every run
+is itself a recipe. :func:`validate` reports all errors together. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.config import JsonDict
+
+from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
+from avalanche_firn.experiments.sections import (
+    BackboneConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    Rate,
+    Section,
+    StreamConfig,
+    TrainingConfig,
+    TrainingOverride,
+)
+
+__all__ = [
+    "AlignmentConfig",
+    "Config",
+    "JointConfig",
+    "LinearProbeConfig",
+    "MethodConfig",
+    "NaiveConfig",
+    "SLCAConfig",
+    "SlowLearnerConfig",
+    "validate",
+]
+
+# Not part of a run's identity: where it is written, how it is shown, how often it can be resumed.
+_COSMETIC = ("name", "description", "output", "progress", "checkpoint")
+LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_LABEL_HELP: JsonDict = {"accepted": "letters, digits, points, dashes and underscores"}
+_RESERVED = ("summary",)
+
+
+class _Method(Section):
+    """What every method has: a label, which names its folder and its rows, and its own training values."""
+
+    name: str = Field(
+        pattern=LABEL,
+        json_schema_extra=_LABEL_HELP,
+        description="unique label: folder and table row. Default: the strategy's name",
+    )
+    training: TrainingOverride = Field(default_factory=TrainingOverride, description="where it differs from training")
+
+
+class NaiveConfig(_Method):
+    """Plain sequential fine-tuning: the whole model at the full rate, cross-entropy over all classes seen."""
+
+    strategy: Literal["naive"] = Field(description="sequential fine-tuning")
+
+
+class JointConfig(_Method):
+    """All classes at once with the whole model: an upper bound, not a continual learner."""
+
+    strategy: Literal["joint"] = Field(description="joint training, not continual")
+
+
+class LinearProbeConfig(_Method):
+    """A frozen backbone and one linear head per task."""
+
+    strategy: Literal["linear_probe"] = Field(description="linear heads on the frozen backbone")
+    local_loss: bool = Field(default=True, description="cross-entropy over the classes of the task; the SLCA code")
+
+
+class _SlowBackbone(_Method):
+    """SLCA's first stage: the backbone learns at a much smaller rate than the head."""
+
+    backbone_scale: float = Field(default=0.01, ge=0, description="rate of the backbone / lr; exps/slca_cifar.json")
+    local_loss: bool = Field(default=True, description="cross-entropy over the classes of the task; the SLCA code")
+
+
+class SlowLearnerConfig(_SlowBackbone):
+    """SLCA's first stage alone."""
+
+    strategy: Literal["slow_learner"] = Field(description="slow backbone, no alignment")
+
+
+class AlignmentConfig(Section):
+    """Classifier alignment on Gaussian features of all classes seen."""
+
+    epochs: int = Field(default=5, ge=0, description="0 = no alignment; exps/slca_cifar.json")
+    samples_per_class: int = Field(default=256, ge=1, description="feature rows per class and epoch; the SLCA code")
+    lr: Rate = Field(default=0.01, description="cosine to 0 over the epochs; the SLCA code")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="the SLCA code")
+    weight_decay: float = Field(default=5e-4, ge=0, description="the SLCA code")
+    temperature: float | None = Field(
+        default=0.1, gt=0, description="of the logit-normalised loss, null = plain cross-entropy; exps/slca_cifar.json"
+    )
+    scaling: Literal["mean", "feature"] | None = Field(default="mean", description="mean = SLCA, feature = SLCA++")
+    compat_task_index: bool = Field(default=False, description="the released code's task index on unequal tasks")
+
+
+class SLCAConfig(_SlowBackbone):
+    """SLCA: slow learner with classifier alignment."""
+
+    strategy: Literal["slca"] = Field(description="slow learner with classifier alignment")
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="the second stage")
+
+
+MethodConfig = Annotated[
+    NaiveConfig | LinearProbeConfig | SlowLearnerConfig | SLCAConfig | JointConfig, Field(discriminator="strategy")
+]
+
+
+class Config(Section):
+    """A comparison of methods over seeds on one stream."""
+
+    name: str = Field(pattern=LABEL, json_schema_extra=_LABEL_HELP, description="folder of the comparison below output")
+    description: str = Field(default="", description="one line for firn recipes ls")
+    output: str = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[0, 1, 2], min_length=1, description="one run per method and seed; our choice"
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        json_schema_extra={"accepted": "auto, cpu, cuda or cuda:N"},
+        description="auto uses CUDA where there is one",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="autocast of forward passes, auto = bf16 or fp16 on a GPU; fp32 as in the SLCA code"
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="the pre-trained feature extractor")
+    stream: StreamConfig = Field(description="the data and how it is cut into experiences")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="for every method")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="after each experience")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="exact resume")
+    methods: list[MethodConfig] = Field(min_length=1, description="what is compared; a bare name means its defaults")
+    progress: bool = Field(default=True, description="progress bars, where the output is a terminal")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _expand(cls, methods: Any) -> Any:
+        """A bare name is a method with its defaults; a missing label is the strategy's name."""
+        if not isinstance(methods, list):
+            return methods
+        expanded = [{"strategy": method} if isinstance(method, str) else method for method in methods]
+        return [
+            {"name": m["strategy"], **m} if isinstance(m, Mapping) and isinstance(m.get("strategy"), str) else m
+            for m in expanded
+        ]
+
+    @field_validator("seeds")
+    @classmethod
+    def _unique_seeds(cls, seeds: list[int]) -> list[int]:
+        repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        reject([("", f"the seeds {repeated} are repeated", "every seed once")] if repeated else [])
+        return seeds
+
+    @field_validator("methods")
+    @classmethod
+    def _unique_labels(cls, methods: list[Any]) -> list[Any]:
+        labels = [method.name for method in methods]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        problems = [("", f"the names {repeated} are repeated", "every name once")] if repeated else []
+        problems += [("", f"the name {label} is reserved", "another name") for label in labels if label in _RESERVED]
+        reject(problems)
+        return methods
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Config:
+        problems: list[tuple[str, str, str]] = []
+        for i, method in enumerate(self.methods):
+            try:
+                self.training_of(method)
+            except ValidationError as error:
+                for problem in problems_of(error, TrainingConfig):
+                    path = f"methods[{i}].training.{problem.path}"
+                    problems.append((path, f"{problem.reason} (together with training)", problem.accepted))
+        if self.precision == "fp16" and self.device == "cpu":
+            problems.append(("precision", "fp16 needs a CUDA device", "fp32 or bf16 with device: cpu"))
+        reject(problems)
+        return self
+
+    def training_of(self, method: _Method) -> TrainingConfig:
+        """`training` with the method's own values on top."""
+        merged = self.training.model_dump()
+        own = method.training.model_dump(exclude_none=True)
+        optimizer = own.pop("optimizer", {})
+        if optimizer.get("name", "sgd") != "sgd" and "momentum" not in optimizer:
+            merged["optimizer"]["momentum"] = None  # the shared momentum belongs to the shared SGD
+        merged["optimizer"].update(optimizer)
+        merged.update(own)
+        return TrainingConfig.model_validate(merged)
+
+    def single(self, method: str, seed: int) -> Config:
+        """The configuration of one run: one method (by label), one seed.
+
+        Raises:
+            KeyError: no method has that label.
+        """
+        chosen = {m.name: m for m in self.methods}[method]
+        return self.model_copy(update={"methods": [chosen], "seeds": [seed]})
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""
+        return {key: value for key, value in self.model_dump().items() if key not in _COSMETIC}
+
+    def digest(self, *, seeds: bool = True) -> str:
+        """SHA-256 of :meth:`identity`, hexadecimal: runs with the same digest are the same experiment.
+
+        Without `seeds`: the same experiment but for the seed, so their figures may be averaged.
+        """
+        identity = self.identity() if seeds else self.identity() | {"seeds": None}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def validate(raw: Any, *, source: str = "") -> Config:
+    """The configuration in `raw` (nested dicts and lists, as YAML gives them).
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    if not isinstance(raw, Mapping):
+        accepted = "key: value lines; see firn recipes show digits"
+        raise ConfigError(Problem("", f"not a mapping but {type(raw).__name__}", accepted), source=source)
+    try:
+        return Config.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, Config), source=source) from None

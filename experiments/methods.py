@@ -1,0 +1,166 @@
+"""From the name of a method in a recipe to an Avalanche strategy.
+
+One builder per method, found in :data:`METHODS`. A new method is a section of the schema (``config.py``) and a builder
+here. All builders get the same :class:`Ingredients`, so that methods differ in what they are and in nothing else:
+the same backbone, the same kind of head, the same optimizer settings unless the recipe says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.supervised import Naive
+from avalanche.training.templates import SupervisedTemplate
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
+from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.parts import FeatureClassifier
+from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
+from avalanche_firn.plugins.losses import LocalCrossEntropy
+from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
+from avalanche_firn.plugins.schedules import SchedulerFactory, cosine, multistep
+from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.strategies.slca import SLCA
+
+__all__ = ["METHODS", "Ingredients", "Method", "build_strategy", "make_optimizer", "make_schedule"]
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What every builder gets: the run's configuration (one method, one seed) and the objects of the run."""
+
+    config: Config
+    backbone: Backbone
+    device: torch.device
+    plugins: Sequence[SupervisedPlugin]
+    evaluator: EvaluationPlugin
+
+    @property
+    def method(self) -> Any:
+        """The method's own section."""
+        return self.config.methods[0]
+
+    @property
+    def training(self) -> TrainingConfig:
+        """Training with the method's own values on top."""
+        return self.config.training_of(self.method)
+
+    def model(self, *, freeze_old: bool) -> FeatureClassifier:
+        """The backbone with an empty head on it."""
+        return FeatureClassifier(
+            self.backbone.module, TaskwiseLinearHead(self.backbone.num_features, freeze_old=freeze_old)
+        )
+
+    def common(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments that every strategy takes."""
+        training = self.training
+        return {
+            "model": model,
+            "optimizer": make_optimizer(training.optimizer, model),
+            "train_mb_size": training.batch_size,
+            "train_epochs": training.epochs,
+            "eval_mb_size": training.eval_batch_size,
+            "device": self.device,
+            "evaluator": self.evaluator,
+        }
+
+    def extra_plugins(self) -> list[SupervisedPlugin]:
+        """The run's plugins, with mixed precision where the configuration asks for it."""
+        precision = self.config.precision
+        return [*([] if precision == "fp32" else [MixedPrecisionPlugin(precision)]), *self.plugins]
+
+
+def make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+    """The optimizer of a configuration over all parameters; plugins take it as a template."""
+    if config.name == "sgd":
+        momentum = 0.9 if config.momentum is None else config.momentum
+        return SGD(model.parameters(), lr=config.lr, momentum=momentum, weight_decay=config.weight_decay)
+    kind = Adam if config.name == "adam" else AdamW
+    return kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def make_schedule(config: ScheduleConfig, epochs: int) -> SchedulerFactory | None:
+    """The schedule of a configuration as a factory; None for constant rates."""
+    if config.name == "multistep":
+        return multistep(config.milestones, config.gamma)
+    return cosine(epochs) if config.name == "cosine" else None
+
+
+def _schedule(parts: Ingredients) -> SchedulerFactory | None:
+    return make_schedule(parts.training.schedule, parts.training.epochs)
+
+
+def _naive(parts: Ingredients) -> SupervisedTemplate:
+    """The whole model at the full rate; the loss covers all classes seen so far."""
+    fresh = FreshOptimizerPlugin(scheduler_factory=_schedule(parts))
+    return Naive(
+        **parts.common(parts.model(freeze_old=False)),
+        criterion=nn.CrossEntropyLoss(),
+        plugins=[fresh, *parts.extra_plugins()],
+    )
+
+
+def _slow(parts: Ingredients, scale: float, local_loss: bool) -> SupervisedTemplate:
+    slow = SlowLearnerPlugin(scale, scheduler_factory=_schedule(parts))
+    return Naive(
+        **parts.common(parts.model(freeze_old=True)),
+        criterion=LocalCrossEntropy() if local_loss else nn.CrossEntropyLoss(),
+        plugins=[slow, *parts.extra_plugins()],
+    )
+
+
+def _linear_probe(parts: Ingredients) -> SupervisedTemplate:
+    return _slow(parts, 0.0, parts.method.local_loss)
+
+
+def _slow_learner(parts: Ingredients) -> SupervisedTemplate:
+    return _slow(parts, parts.method.backbone_scale, parts.method.local_loss)
+
+
+def _slca(parts: Ingredients) -> SupervisedTemplate:
+    settings = parts.method.alignment.model_dump()
+    return SLCA(
+        **parts.common(parts.model(freeze_old=True)),
+        criterion=LocalCrossEntropy() if parts.method.local_loss else nn.CrossEntropyLoss(),
+        backbone_scale=parts.method.backbone_scale,
+        scheduler_factory=_schedule(parts),
+        alignment=ClassifierAlignmentPlugin(**settings, seed=parts.config.seeds[0]),
+        fresh_final_norm=False,  # backbone.fresh_final_norm decides, for all methods alike
+        plugins=parts.extra_plugins(),
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the registry.
+
+    `joint`: trained on all classes at once, an upper bound and not continual. `replay`: whether images of earlier
+    experiences are kept.
+    """
+
+    build: Callable[[Ingredients], SupervisedTemplate]
+    joint: bool = False
+    replay: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "naive": Method(_naive),
+    "linear_probe": Method(_linear_probe),
+    "slow_learner": Method(_slow_learner),
+    "slca": Method(_slca),
+    "joint": Method(_naive, joint=True),
+}
+
+
+def build_strategy(parts: Ingredients) -> SupervisedTemplate:
+    """The strategy of a run."""
+    return METHODS[parts.method.strategy].build(parts)

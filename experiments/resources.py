@@ -1,0 +1,198 @@
+"""What a configuration points to: backbone, data, device. What can be wrong with it is found here, before a run.
+
+:func:`prepare` loads all of it once and writes nothing; its errors are :class:`ConfigError`, so the command line
+answers them like any other wrong configuration.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from avalanche_firn.benchmarks import classic
+from avalanche_firn.benchmarks.digits import digits_stream
+from avalanche_firn.benchmarks.folder import folder_stream
+from avalanche_firn.benchmarks.streams import Stream
+from avalanche_firn.benchmarks.transforms import TransformPair, preset_transforms, timm_transforms
+from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.environment import resolve_device, seed_everything
+from avalanche_firn.experiments.errors import ConfigError, Problem
+from avalanche_firn.experiments.methods import METHODS
+from avalanche_firn.experiments.sections import AvalancheStreamConfig, DigitsStreamConfig, FolderStreamConfig
+from avalanche_firn.models.backbones import Backbone, load_backbone
+from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+
+__all__ = ["Prepared", "build_backbone", "build_stream", "evaluated_stream", "prepare"]
+
+
+@contextmanager
+def _as_config_error(path: str) -> Iterator[None]:
+    """Errors of a builder become errors of the section at `path`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(Problem(path, str(error) or type(error).__name__)) from error
+
+
+def build_backbone(config: Config) -> Backbone:
+    """Load the backbone.
+
+    Raises:
+        ConfigError: unknown name, missing or mismatched weights.
+    """
+    section = config.backbone
+    with _as_config_error("backbone"):
+        return load_backbone(
+            section.name,
+            pretrained=section.pretrained and section.weights is None,
+            weights=section.weights,
+            fresh_final_norm=section.fresh_final_norm,
+        )
+
+
+def build_stream(config: Config, data_config: dict[str, Any], seed: int) -> Stream:
+    """Build the stream of a run; `seed` makes the class order where the configuration says ``seeded``.
+
+    Raises:
+        ConfigError: no data, a file that is no image, an impossible split.
+    """
+    section = config.stream
+    with _as_config_error("stream"):
+        if isinstance(section, DigitsStreamConfig):
+            return digits_stream(
+                image_size=_image_size(data_config),
+                mean=data_config["mean"],
+                std=data_config["std"],
+                tasks=section.tasks,
+                **_order(section.class_order, seed),
+            )
+        pair = _transforms(section, data_config)
+        if isinstance(section, FolderStreamConfig):
+            assert pair is not None
+            return folder_stream(
+                section.root,
+                tasks=section.tasks,
+                train_transform=pair.train,
+                eval_transform=pair.eval,
+                validation_fraction=section.validation_fraction,
+                test_fraction=section.test_fraction,
+                split_seed=section.split_seed,
+                **_order(section.class_order, seed),
+            )
+        return _classic(section, pair, seed)
+
+
+def _order(order: Any, seed: int) -> dict[str, Any]:
+    if order == "seeded":
+        return {"seed": seed}
+    return {} if order == "natural" else {"class_order": order}
+
+
+def _image_size(data_config: dict[str, Any]) -> int:
+    channels, height, width = data_config["input_size"]
+    if channels != 3 or height != width:
+        accepted = "a backbone for square images of three channels"
+        raise ConfigError(Problem("backbone", f"takes images of {channels}x{height}x{width}", accepted))
+    return int(height)
+
+
+def _transforms(section: Any, data_config: dict[str, Any]) -> TransformPair | None:
+    if section.transforms == "own":
+        return None
+    if section.transforms == "backbone":
+        return timm_transforms(data_config, augment=section.augment)
+    return preset_transforms(section.transforms)
+
+
+def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: int) -> Stream:
+    arguments = dict(section.arguments)
+    known = classic.avalanche_benchmarks()
+    if section.benchmark in known:
+        import avalanche.benchmarks.classic as benchmarks
+
+        accepted = inspect.signature(getattr(benchmarks, section.benchmark)).parameters
+        if "seed" in accepted and not {"seed", "fixed_class_order"} & set(arguments):
+            arguments["seed"] = seed
+        if pair is not None:
+            arguments |= {"train_transform": _RGB(pair.train), "eval_transform": _RGB(pair.eval)}
+    return classic.avalanche_stream(section.benchmark, **arguments)
+
+
+class _RGB:
+    """A transform of RGB images that also takes grey ones."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        return self.transform(image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image)
+
+
+def evaluated_stream(config: Config, stream: Stream) -> Any:
+    """The Avalanche stream that the run is evaluated on: test or validation.
+
+    Raises:
+        ConfigError: validation was asked for and the stream has none.
+    """
+    if config.evaluation.split == "test":
+        return stream.test
+    if stream.valid is None:
+        raise ConfigError(Problem("evaluation.split", f"the stream {stream.name} has no validation part", "test"))
+    return stream.valid
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The result of :func:`prepare`."""
+
+    config: Config
+    device: torch.device
+    backbone: Backbone
+    stream: Stream
+
+    def __str__(self) -> str:
+        config, stream = self.config, self.stream
+        parts = {"train": stream.train, "valid": stream.valid, "test": stream.test}
+        sizes = ", ".join(f"{sum(len(e.dataset) for e in s)} {name}" for name, s in parts.items() if s is not None)
+        runs = len(config.methods) * len(config.seeds)
+        return "\n".join(
+            [
+                f"recipe    {config.name}: {len(config.methods)} methods x {len(config.seeds)} seeds = {runs} runs",
+                f"methods   {', '.join(method.name for method in config.methods)}",
+                f"backbone  {self.backbone.tag} ({self.backbone.weights}), features {self.backbone.num_features}",
+                f"stream    {stream.name}: {stream.num_classes} classes in tasks of "
+                f"{', '.join(map(str, stream.task_sizes))}; images: {sizes}",
+                f"device    {self.device}, {config.precision}",
+            ]
+        )
+
+
+def prepare(config: Config) -> Prepared:
+    """Load everything that `config` points to, once, and check that it fits together. Writes nothing.
+
+    Raises:
+        ConfigError: see the builders above.
+    """
+    device = resolve_device(config.device)
+    if config.precision == "fp16" and MixedPrecisionPlugin("fp16").resolve(device) == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            Problem("precision", "fp16 needs a CUDA device and the run is on the CPU", "fp32, bf16, auto")
+        )
+    seed_everything(config.seeds[0])
+    backbone = build_backbone(config)
+    stream = build_stream(config, backbone.data_config, config.seeds[0])
+    evaluated_stream(config, stream)
+    if sum(stream.task_sizes) != stream.num_classes:
+        for i, method in enumerate(config.methods):
+            if method.strategy in ("linear_probe", "slow_learner", "slca"):
+                reason = f"{method.strategy} needs each class in one experience, and {stream.name} repeats classes"
+                raise ConfigError(Problem(f"methods[{i}].strategy", reason, "naive or joint on this stream"))
+    assert set(METHODS) >= {method.strategy for method in config.methods}
+    return Prepared(config, device, backbone, stream)

@@ -1,0 +1,253 @@
+"""One run: one method, one seed, from a configuration to ``results.json``.
+
+A run that was interrupted goes on from its last checkpoint when it is called again, and ends with the same figures,
+weights and scalars as if it had never stopped; only wall-clock figures (``efficiency/...`` and `cost`) differ.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.logging import TensorboardLogger
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.templates import SupervisedTemplate
+
+from avalanche_firn.benchmarks.streams import Stream
+from avalanche_firn.evaluation.efficiency import Efficiency
+from avalanche_firn.evaluation.matrix import ResultMatrix
+from avalanche_firn.evaluation.metrics import ResultMatrixMetric, continual_metrics
+from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
+from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.csv_logger import CsvLogger
+from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
+from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
+from avalanche_firn.experiments.progress import ProgressPlugin, RunClock, bars_wanted
+from avalanche_firn.experiments.recipe import dump
+from avalanche_firn.experiments.resources import build_backbone, build_stream, evaluated_stream
+from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
+from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
+from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files
+
+__all__ = ["run"]
+
+_METRICS = "metrics.csv"
+_GROWN = ("events.out.tfevents.*", _METRICS)  # files that a run only appends to
+_STREAMS = {"test": "test", "validation": "valid"}  # split of the configuration -> Avalanche's stream name
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """The metrics of a run and where they are written."""
+
+    matrix: ResultMatrixMetric
+    efficiency: Efficiency
+    evaluator: EvaluationPlugin
+    board: TensorboardLogger
+    table: CsvLogger
+
+
+@contextmanager
+def _recorder(config: Config, folder: Path) -> Iterator[_Recorder]:
+    section = config.evaluation
+    metrics = continual_metrics(streams=[_STREAMS[section.split]], forgetting_kind=section.forgetting)
+    board, table = TensorboardLogger(folder), CsvLogger(folder / _METRICS)
+    evaluator = EvaluationPlugin(
+        *metrics,
+        accuracy_metrics(experience=True, stream=True),
+        loss_metrics(experience=True, stream=True),
+        loggers=[board, table],
+        collect_all=False,
+    )
+    matrix = next(metric for metric in metrics if isinstance(metric, ResultMatrixMetric))
+    efficiency = next(metric for metric in metrics if isinstance(metric, Efficiency))
+    try:
+        yield _Recorder(matrix, efficiency, evaluator, board, table)
+    finally:
+        board.writer.close()
+        table.close()
+
+
+def run(
+    config: Config, folder: Path, *, quiet: bool = False, say: Callable[[str], None] | None = print
+) -> dict[str, Any]:
+    """Train one method with one seed in `folder`, or finish an interrupted run there; a finished one is only read.
+
+    Args:
+        config: with one method and one seed, see :meth:`Config.single`.
+        folder: of the run; made if needed. The caller has checked that it holds no other run.
+        quiet: no progress bars and no line per experience.
+        say: takes the line per experience; None for silence.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ConfigError: the backbone, the data or the device can't be had; nothing has been written then.
+    """
+    done = read_results(folder)
+    if done is not None:
+        return done
+    method, seed = config.methods[0], config.seeds[0]
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    seed_everything(seed)
+    backbone = build_backbone(config)
+    stream = build_stream(config, backbone.data_config, seed)
+    evaluated = evaluated_stream(config, stream)
+    if METHODS[method.strategy].joint:
+        stream = stream.joint()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", dump(config))
+    place, grown = folder / "checkpoint", [f"{glob.escape(str(folder))}/{name}" for name in _GROWN]
+    resumed = bool(checkpoints(place))
+    if resumed:
+        ExactCheckpointPlugin.rewind(place, grown)
+    else:  # killed before its first checkpoint, if there is anything at all
+        for path in matching_files(grown):
+            path.unlink()
+    checkpoint = ExactCheckpointPlugin(
+        place,
+        every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        fingerprint=f"{config.digest()} {stream.fingerprint} {backbone.weights_sha256}",
+        append_only=grown,
+    )
+    _record_environment(folder, device, backbone, resumed=resumed)
+    clock = RunClock()
+    try:
+        with _recorder(config, folder) as recorder:
+            plugins = [checkpoint]
+            if bars_wanted(config.progress, quiet):
+                plugins.insert(0, ProgressPlugin(label=f"{method.name} seed {seed}", tasks=len(stream.train)))
+            strategy = build_strategy(Ingredients(config, backbone, device, plugins, recorder.evaluator))
+            strategy.plugins.insert(0, clock)  # first: what others do before an evaluation counts
+            seed_everything(seed)  # again: what loading the backbone drew must not shift the order of the data
+            if not resumed:
+                log_text_config(recorder.board.writer, dump(config))
+            for index in _train(config, strategy, checkpoint, stream, evaluated):
+                if say is not None and not quiet:
+                    say(_line(config, recorder.matrix.matrix, stream, index, clock.seconds))
+            results = _results(config, stream, backbone, recorder, strategy, clock.seconds)
+            log_hparams(recorder.board.writer, config.identity() | {"seeds": seed}, _logged(recorder.matrix))
+        write_json(folder / FILE, results)
+    finally:
+        checkpoint.close()
+    for older in checkpoints(place)[1:]:
+        shutil.rmtree(older)
+    return results
+
+
+def _train(
+    config: Config, strategy: SupervisedTemplate, checkpoint: ExactCheckpointPlugin, stream: Stream, evaluated: Any
+) -> Iterator[int]:
+    """Train and evaluate from where the checkpoint stands; yields the index of every experience that is done."""
+    workers = {"num_workers": config.training_of(config.methods[0]).num_workers}
+    start = checkpoint.resume(strategy)
+    if config.evaluation.streams == "all" and strategy.clock.train_iterations == 0:
+        strategy.eval(evaluated, **workers)  # the baseline of forward transfer
+    for index, experience in enumerate(stream.train[start:], start):
+        if not checkpoint.is_trained(experience):
+            strategy.train(experience, eval_streams=[], **workers)
+        whole = config.evaluation.streams == "all" or len(stream.train) != len(evaluated)
+        strategy.eval(evaluated if whole else evaluated[: index + 1], **workers)
+        yield index
+
+
+def _record_environment(folder: Path, device: torch.device, backbone: Backbone, *, resumed: bool) -> None:
+    """Write environment.json; a resumed run keeps the first one and adds the one that it goes on in."""
+    environment = describe_environment(device) | {
+        "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256}
+    }
+    path = folder / "environment.json"
+    if resumed and path.is_file():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        environment = first | {"resumed_in": [*first.get("resumed_in", []), environment]}
+    write_json(path, environment)
+
+
+def _line(config: Config, matrix: ResultMatrix, stream: Stream, index: int, seconds: float) -> str:
+    figures = matrix.summary(index)
+    shown = ((name, figures[f"accuracy/{name}"]) for name in ("last", "average"))
+    accuracies = ", ".join(f"{name} {100 * value:.2f} %" for name, value in shown if value is not None)
+    classes = sorted(stream.train[index].classes_in_this_experience)
+    listed = f"classes {' '.join(map(str, classes))}" if len(classes) <= 10 else f"{len(classes)} classes"
+    head = f"{config.methods[0].name} seed {config.seeds[0]} task {index + 1}/{len(stream.train)} ({listed})"
+    return f"{head}: accuracy {accuracies}; {seconds:.1f} s"
+
+
+def _logged(metric: ResultMatrixMetric) -> list[str]:
+    """Tags of the final figures that the run has written, for its row in the hparams table."""
+    return [f"{metric.prefix}{name}" for name, value in metric.matrix.summary().items() if value is not None]
+
+
+def _results(
+    config: Config,
+    stream: Stream,
+    backbone: Backbone,
+    recorder: _Recorder,
+    strategy: SupervisedTemplate,
+    seconds: float,
+) -> dict[str, Any]:
+    method, matrix = config.methods[0], recorder.matrix.matrix
+    steps = [matrix.summary(t) for t in range(matrix.shape[0])]
+    accuracy = [[None if math.isnan(v) else v for v in row] for row in matrix.accuracy.tolist()]
+    kind = METHODS[method.strategy]
+    return {
+        "format": FORMAT,
+        "recipe": config.name,
+        "method": method.name,
+        "strategy": method.strategy,
+        "seed": config.seeds[0],
+        "config_digest": config.digest(),
+        "group_digest": config.digest(seeds=False),
+        "stream": {
+            "source": stream.name.removesuffix("-joint"),
+            "split": config.evaluation.split,
+            "fingerprint": stream.fingerprint,
+            "class_order": list(stream.class_order),
+            "task_sizes": [len(e.classes_in_this_experience) for e in stream.test],
+        },
+        "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256},
+        "protocol": {
+            "task_identity_at_test": False,
+            "replay": kind.replay,
+            "joint": kind.joint,
+            "evaluated": config.evaluation.streams,
+            "forgetting": matrix.forgetting_kind,
+        },
+        "figures": steps[-1],
+        "curves": {name: [step[name] for step in steps] for name in steps[-1]},
+        "accuracy_matrix": accuracy,
+        "matrix": matrix.to_dict(),
+        "diverged": not all(bool(p.isfinite().all()) for p in strategy.model.parameters()),
+        "cost": _cost(config, stream, recorder.efficiency, strategy, seconds),
+    }
+
+
+def _cost(
+    config: Config, stream: Stream, efficiency: Efficiency, strategy: SupervisedTemplate, seconds: float
+) -> dict[str, Any]:
+    """Cost of the run. Peak memory on a CPU is that of the process, which runs of one comparison share."""
+    spent = efficiency.result()
+    images = sum(len(e.dataset) for e in stream.train) * config.training_of(config.methods[0]).epochs
+    return {
+        "seconds": seconds,
+        "training_seconds": spent["seconds"],
+        "images_per_second": images / spent["seconds"] if spent["seconds"] > 0 else None,
+        "peak_memory_MiB": spent["peak-memory-MiB"],
+        "trainable_parameters": int(spent["trainable-parameters"]),
+        "device": str(strategy.device),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,153 @@
+"""Recipes: found, listed, copied, parsed safely, overridden; the configuration's own rules."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avalanche_firn.experiments.cli import main
+from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.errors import ConfigError, describe, known_keys, nearest
+from avalanche_firn.experiments.recipe import copy_recipe, dump, list_recipes, load_recipe, parse
+
+SHIPPED = [recipe.name for recipe in list_recipes()]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_are_valid_and_described(name: str) -> None:
+    config = load_recipe(name)
+    assert config.name == name and config.description
+
+
+def test_every_key_is_described() -> None:
+    undescribed = [key for key, field in known_keys(Config).items() if not field.description]
+    assert not undescribed
+
+
+def test_resolved_configuration_is_a_recipe(tmp_path: Path) -> None:
+    config = load_recipe("digits", ["training.optimizer.lr=1e-3", "methods.slca.alignment.epochs=3"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load_recipe(path) == config
+    assert load_recipe(tmp_path) == config
+
+
+def test_overrides() -> None:
+    config = load_recipe(
+        "digits",
+        [
+            "training.epochs=3",
+            "seeds=[4,5]",
+            "methods=[naive,slca]",
+            "methods.slca.alignment.epochs=2",
+            "methods.naive.training.optimizer.lr=1e-2",
+            "methods[1].backbone_scale=0.5",
+            "training.schedule={name: multistep, milestones: [1]}",
+            "stream.class_order=seeded",
+            "backbone.weights=null",
+        ],
+    )
+    assert config.training.epochs == 3 and config.seeds == [4, 5]
+    assert [method.name for method in config.methods] == ["naive", "slca"]
+    assert config.methods[1].alignment.epochs == 2 and config.methods[1].backbone_scale == 0.5
+    assert config.training_of(config.methods[0]).optimizer.lr == 0.01
+    assert config.training.schedule.milestones == [1]
+    assert config.stream.class_order == "seeded"
+
+
+def test_selection_keeps_the_recipe_s_values() -> None:
+    config = load_recipe("digits", ["methods.slca.alignment.epochs=2", "methods=[slca]"])
+    assert config.methods[0].alignment.epochs == 2
+    assert load_recipe("digits", ["methods=slca,naive"]).methods[1].name == "naive"
+
+
+def test_override_of_a_bare_method_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nstream: {name: digits}\nmethods: [naive, slca]\n")
+    config = load_recipe(path, ["methods.slca.alignment.lr=0.5", "seeds[0]=7"][:1])
+    assert config.methods[1].alignment.lr == 0.5
+    assert config.methods[0].name == "naive"
+
+
+def test_method_training_replaces_single_values() -> None:
+    config = load_recipe(
+        "digits",
+        [
+            "training.optimizer={name: sgd, lr: 0.1, momentum: 0.8}",
+            "methods.naive.training.optimizer={name: adam, lr: 1}",
+        ],
+    )
+    naive = config.training_of(config.methods[0]).optimizer
+    assert (naive.name, naive.lr, naive.momentum) == ("adam", 1, None)
+    other = config.training_of(config.methods[1]).optimizer
+    assert (other.name, other.lr, other.momentum) == ("sgd", 0.1, 0.8)
+
+
+def test_digest_is_the_experiment_not_its_surroundings() -> None:
+    base = load_recipe("digits").single("slca", 0)
+    same = load_recipe("digits", ["name=x", "output=y", "progress=false", "checkpoint.every=7", "seeds=[0]"])
+    assert same.single("slca", 0).digest() == base.digest()
+    for override in ("training.epochs=2", "device=cpu", "methods.slca.alignment.lr=0.5", "stream.tasks=2"):
+        assert load_recipe("digits", [override]).single("slca", 0).digest() != base.digest()
+    assert base.digest() != load_recipe("digits", ["seeds=[1]"]).single("slca", 1).digest()
+    assert base.digest(seeds=False) == load_recipe("digits", ["seeds=[1]"]).single("slca", 1).digest(seeds=False)
+
+
+def test_yaml_habits() -> None:
+    assert parse("[1e-3, 1E3, -2.5e+1, .5e1, 1.5, 3]") == [1e-3, 1e3, -25.0, 5.0, 1.5, 3]
+    assert parse("1e-3x") == "1e-3x"
+    with pytest.raises(ConfigError, match="repeated key 'a'"):
+        parse("{a: 1, b: {a: 1}, a: 2}")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse("!!python/name:os.system")
+
+
+def test_copy_never_overwrites(tmp_path: Path) -> None:
+    copied = copy_recipe("digits", tmp_path)
+    assert copied == tmp_path / "digits.yaml"
+    assert load_recipe(copied) == load_recipe("digits")
+    assert load_recipe(copy_recipe("digits", tmp_path / "mine.yaml")).name == "mine"
+    with pytest.raises(ConfigError, match="exists already"):
+        copy_recipe("digits", copied)
+    with pytest.raises(ConfigError, match="doesn't exist"):
+        copy_recipe("digits", tmp_path / "no" / "where.yaml")
+
+
+def test_recipes_command(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    assert "digits" in capsys.readouterr().out
+    assert main(["recipes", "show", "digits"]) == 0
+    assert "methods:" in capsys.readouterr().out
+    assert main(["recipes", "copy", "digits", "mine.yaml"]) == 0
+    assert (tmp_path / "mine.yaml").is_file()
+    assert main(["recipes", "copy", "digits", "mine.yaml"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["recipes", "keys"]) == 0
+    listed = capsys.readouterr().out
+    assert "methods[].alignment.lr: a number, greater than 0" in listed
+    assert "device: auto, cpu, cuda or cuda:N" in listed
+    assert "stream.name: one of digits, folder, avalanche" in listed
+
+
+@pytest.mark.parametrize("command", [["--help"], ["recipes", "ls"], ["compare", "--help"], ["check", "x", "a=1"]])
+def test_answers_without_the_heavy_imports(command: list[str]) -> None:
+    code = (
+        "import sys; from avalanche_firn.experiments.cli import main; main(sys.argv[1:]); "
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'avalanche', 'timm', 'sklearn')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_describe() -> None:
+    keys = known_keys(Config)
+    seeds = keys["seeds"]
+    assert describe(seeds.annotation, seeds.metadata).startswith("a list, each a whole number, at least 0")
+    temperature = keys["methods[].alignment.temperature"]
+    assert describe(temperature.annotation, temperature.metadata) == "a number, greater than 0 or null"
+    assert nearest("epoch", ["epochs", "lr"]) == "epochs"
+    assert nearest("zzz", ["epochs", "lr"]) is None
