@@ -18,7 +18,7 @@ def bars_wanted(progress: bool, quiet: bool) -> bool:
     return progress and not quiet and sys.stderr.isatty()
 
 
-class ProgressPlugin(SupervisedPlugin, supports_distributed=True):
+class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """One bar for the iterations of an experience, one for an evaluation; both vanish when they are full.
 
     :param label: text before the bar, for example ``slca seed 0``.
@@ -82,7 +82,7 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):
             self._bar = None
 
 
-class RunClock(SupervisedPlugin, supports_distributed=True):
+class RunClock(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Wall time spent in ``train`` and ``eval``, alignment included; goes on counting in a resumed run."""
 
     def __init__(self) -> None:

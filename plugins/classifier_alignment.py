@@ -37,7 +37,7 @@ from avalanche_firn.plugins.class_statistics import ClassGaussians
 BatchSource = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 
 
-class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):
+class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
     """Align a :class:`~avalanche_firn.models.heads.TaskwiseLinearHead` on class Gaussians after each task.
 
     The aligned heads stay in the model from the first evaluation after a task until the next task begins. The first

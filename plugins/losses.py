@@ -28,7 +28,7 @@ def local_cross_entropy(logits: Tensor, targets: Tensor, classes: Tensor) -> Ten
     return F.cross_entropy(chosen if chosen.dtype == torch.float64 else chosen.float(), local)
 
 
-class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):
+class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Criterion for Avalanche strategies: local cross-entropy in training, over all classes in evaluation.
 
     Pass it as ``criterion=``; the strategy then registers it as a plugin by itself.

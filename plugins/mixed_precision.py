@@ -17,7 +17,7 @@ from avalanche.training.plugins import SupervisedPlugin
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class MixedPrecisionPlugin(SupervisedPlugin, supports_distributed=True):
+class MixedPrecisionPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Run a strategy in mixed precision.
 
     :param precision: ``"bf16"``; ``"fp16"`` (autocast and ``torch.amp.GradScaler``); ``"fp32"`` (does nothing);

@@ -42,7 +42,7 @@ def optimizer_like(template: Optimizer, groups: list[dict[str, Any]]) -> Optimiz
     return type(template)(groups, **settings)
 
 
-class FreshOptimizerPlugin(SupervisedPlugin, supports_distributed=True):
+class FreshOptimizerPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Rebuild optimizer and schedule in every experience; works with any Avalanche SGD strategy.
 
     One group, ``"model"``, holds all trainable parameters; subclasses make other groups in :meth:`groups`.

@@ -20,7 +20,7 @@ from avalanche_firn.plugins.schedules import SchedulerFactory
 GroupRule = tuple[Callable[[str, nn.Parameter], bool], "float | Callable[[int], float]"]
 
 
-class SlowLearnerPlugin(FreshOptimizerPlugin, supports_distributed=True):
+class SlowLearnerPlugin(FreshOptimizerPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Learning-rate splitter: group ``"backbone"`` at ``lr * backbone_scale``, group ``"head"`` at ``lr``.
 
     Optimizer and schedule are rebuilt in each experience from the class and settings of the optimizer given to the
