@@ -142,6 +142,9 @@ def strategy_epoch(kind: str, model: nn.Module, experience: Any, args: argparse.
         strategy = SLCA(**shared, alignment=ClassifierAlignmentPlugin(epochs=0), fresh_final_norm=False)
     else:
         strategy = Naive(**shared)
+    # first in line: SLCA measures its class statistics at the end of the last epoch, which is not training
+    strategy.plugins.remove(watch)
+    strategy.plugins.insert(0, watch)
     strategy.train(experience, eval_streams=[])
     return watch
 
