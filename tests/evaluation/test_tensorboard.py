@@ -1,6 +1,7 @@
 """What lands in event files, read back from disk."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +127,7 @@ def test_read_scalars_keeps_every_point_and_honours_a_purge(tmp_path):
     with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
         for step in range(12_000):
             writer.add_scalar("loss/train", 1.0, step)
+    time.sleep(1.1)  # files are read in the order of their names, which begin with the second of their creation
     with SummaryWriter(str(tmp_path), filename_suffix=".1", purge_step=11_000) as writer:
         writer.add_scalar("loss/train", 2.0, 11_000)
     points = read_scalars(tmp_path)["loss/train"]
