@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 from avalanche_firn.benchmarks.streams import StreamError, Transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # SLCA card 2.7, CIFAR-100
+CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # SLCA code, CIFAR-100
 _REQUIRED = ("input_size", "interpolation", "mean", "std")
 _OPTIONAL = ("crop_pct", "crop_mode")
 
@@ -70,7 +70,7 @@ def timm_transforms(data_config: Mapping[str, Any], *, augment: bool = True, **o
 def preset_transforms(name: str) -> TransformPair:
     """The transforms of a paper, 224 pixels: one of `TRANSFORM_PRESETS`.
 
-    "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars": SLCA and SLCA++ (method card, 2.7).
+    "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars": SLCA and SLCA++, released code (GengDavid/SLCA).
 
     Raises:
         StreamError: unknown name; the nearest ones are listed.

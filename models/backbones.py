@@ -90,7 +90,7 @@ def load_backbone(
         (unpickled with ``weights_only=True``). Stored in any float type, loaded in the type of the model (float32).
         The file may hold the architecture's classifier, which is dropped.
     :param fresh_final_norm: replace the final LayerNorm by a new one (weight 1, bias 0, eps 1e-5), as SLCA's code
-        does with a ViT (card, section 2.2).
+        does with a ViT (GengDavid/SLCA, convs).
     :param timm_kwargs: further arguments of ``timm.create_model`` (``img_size``, ``drop_path_rate``, ``in_chans`` ...).
     :returns: see :class:`Backbone`; the module is in training mode, on the CPU unless ``device`` is passed through.
     :raises WeightsError: weights absent, unreadable, not finite, incomplete or of another architecture.
@@ -344,7 +344,7 @@ def _replace_final_norm(module: nn.Module, name: str) -> None:
         )
     attribute, old = norms[0]
     place = next(module.parameters())
-    fresh = nn.LayerNorm(old.normalized_shape, eps=1e-5, device=place.device, dtype=place.dtype)  # card 2.2
+    fresh = nn.LayerNorm(old.normalized_shape, eps=1e-5, device=place.device, dtype=place.dtype)  # as in SLCA's code
     setattr(module, attribute, fresh)
 
 

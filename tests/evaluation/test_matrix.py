@@ -23,7 +23,7 @@ from avalanche_firn.evaluation.matrix import (
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lp_ft" / "matrix_metrics.npz"
 NAN = float("nan")
-HAND = np.array([[90, NAN, NAN], [80, 85, NAN], [70, 88, 95]])  # worked example of the method card
+HAND = np.array([[90, NAN, NAN], [80, 85, NAN], [70, 88, 95]])  # worked by hand
 
 
 def lower(matrix):
