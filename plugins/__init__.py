@@ -1,7 +1,7 @@
 """Plugins for any Avalanche SGD strategy, and the functions that they are made of."""
 
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
-from avalanche_firn.plugins.class_statistics import ClassGaussians, class_statistics
+from avalanche_firn.plugins.class_statistics import ClassGaussians
 from avalanche_firn.plugins.classifier_alignment import (
     ClassifierAlignmentPlugin,
     align_classifier,
@@ -24,7 +24,6 @@ __all__ = [
     "MixedPrecisionPlugin",
     "SlowLearnerPlugin",
     "align_classifier",
-    "class_statistics",
     "cosine",
     "local_cross_entropy",
     "logit_normalized_cross_entropy",
