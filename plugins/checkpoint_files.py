@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -286,6 +287,8 @@ def measure(directory: Path, patterns: Sequence[str]) -> dict[str, int]:
 def cut_back(directory: Path, patterns: Sequence[str], sizes: dict[str, int]) -> None:
     """Bring all files that match to a recorded state: longer ones are cut, ones that came later are deleted.
 
+    Waits for the next second if an event file is of this one, so that the files that follow come after it.
+
     :raises CheckpointError: a recorded file is missing or shorter than recorded; nothing has been changed then.
     """
     recorded = {Path(os.path.normpath(directory / name)): size for name, size in sizes.items()}
@@ -306,6 +309,10 @@ def cut_back(directory: Path, patterns: Sequence[str], sizes: dict[str, int]) ->
         elif path.stat().st_size > recorded[path]:
             os.truncate(path, recorded[path])
             sync(path)
+    # TensorBoard reads event files in the order of their names, which begin with the second of their creation
+    seconds = [int(m[1]) for path in recorded if (m := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name))]
+    while int(time.time()) in seconds:
+        time.sleep(0.05)
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
