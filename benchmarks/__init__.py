@@ -1,7 +1,8 @@
-"""Streams: handwritten digits, folders of images, Avalanche's classic benchmarks."""
+"""Streams: handwritten digits, folders of images and of domains, Avalanche's classic benchmarks."""
 
-from avalanche_firn.benchmarks.classic import avalanche_benchmarks, avalanche_stream, wrap_benchmark
+from avalanche_firn.benchmarks.classic import avalanche_benchmarks, avalanche_stream, cut_benchmark, wrap_benchmark
 from avalanche_firn.benchmarks.digits import digits_stream
+from avalanche_firn.benchmarks.domains import build_domain_stream, domain_folder_stream
 from avalanche_firn.benchmarks.folder import folder_stream
 from avalanche_firn.benchmarks.streams import Stream, StreamError, build_stream, class_order, task_sizes
 from avalanche_firn.benchmarks.tensors import TensorImageDataset
@@ -14,9 +15,12 @@ __all__ = [
     "TransformPair",
     "avalanche_benchmarks",
     "avalanche_stream",
+    "build_domain_stream",
     "build_stream",
     "class_order",
+    "cut_benchmark",
     "digits_stream",
+    "domain_folder_stream",
     "folder_stream",
     "preset_transforms",
     "task_sizes",

@@ -87,10 +87,7 @@ class Stream:
 
     def joint(self) -> Stream:
         """The same data as one training experience that holds all classes; all other streams are the same objects."""
-        data = concat_datasets([experience.dataset for experience in self.train])
-        train = with_classes_timeline(EagerCLStream("train", [DatasetExperience(dataset=data)]))
-        if hasattr(data, "targets_task_labels"):
-            train = with_task_labels(train)
+        train = eager_stream("train", [concat_datasets([experience.dataset for experience in self.train])])
         others = [stream for name, stream in self.benchmark.streams.items() if name != "train"]
         return replace(
             self, name=f"{self.name}-joint", benchmark=CLScenario([train, *others]), task_sizes=(self.num_classes,)
@@ -270,18 +267,30 @@ def build_stream(
         absent = set(range(count)).symmetric_difference(data.targets)
         if absent:
             raise StreamError(f"{name}: {part} data must hold exactly the classes 0..{count - 1}; see {_some(absent)}")
-        datasets[part] = TaskAwareSupervisedClassificationDataset(
-            [data],
-            data_attributes=[
-                DataAttribute(data.targets, "targets"),
-                TaskLabels(ConstantSequence(0, len(data))),
-            ],
-            transform_groups=_transform_groups(train_transform, eval_transform),
-        ).with_transforms("train" if part == "train" else "eval")
+        datasets[part] = avalanche_dataset(data, part, train_transform, eval_transform)
     benchmark = with_task_labels(
         class_incremental_benchmark(datasets, class_order=list(class_order), num_classes_per_exp=list(task_sizes))
     )
     return Stream(name, benchmark, tuple(class_order), tuple(task_sizes), tuple(class_names), fingerprint)
+
+
+def avalanche_dataset(data: Any, part: str, train: Transform | None, evaluation: Transform | None) -> Any:
+    """A torch dataset with `targets` as an Avalanche one of task label 0, in the transform group of its part."""
+    return TaskAwareSupervisedClassificationDataset(
+        [data],
+        data_attributes=[DataAttribute(data.targets, "targets"), TaskLabels(ConstantSequence(0, len(data)))],
+        transform_groups=_transform_groups(train, evaluation),
+    ).with_transforms("train" if part == "train" else "eval")
+
+
+def eager_stream(name: str, datasets: Sequence[Any]) -> EagerCLStream:
+    """A stream of the modern API with one experience per Avalanche dataset, which keeps its transform group.
+
+    The experiences know their classes and, where the data has them, their task labels.
+    """
+    experiences = [DatasetExperience(dataset=data, current_experience=i) for i, data in enumerate(datasets)]
+    stream = with_classes_timeline(EagerCLStream(name, experiences))
+    return with_task_labels(stream) if all(hasattr(data, "targets_task_labels") for data in datasets) else stream
 
 
 class Digest:
@@ -322,8 +331,10 @@ __all__ = [
     "Split",
     "Stream",
     "StreamError",
+    "avalanche_dataset",
     "build_stream",
     "class_order",
+    "eager_stream",
     "increment_sizes",
     "resolve_class_order",
     "stratified_split",

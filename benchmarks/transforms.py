@@ -20,6 +20,7 @@ from avalanche_firn.benchmarks.streams import StreamError, Transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # SLCA code, CIFAR-100
+UCL_MEAN, UCL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)  # CIFAR-10's, for every data set of that code
 _REQUIRED = ("input_size", "interpolation", "mean", "std")
 _OPTIONAL = ("crop_pct", "crop_mode")
 
@@ -68,9 +69,13 @@ def timm_transforms(data_config: Mapping[str, Any], *, augment: bool = True, **o
 
 
 def preset_transforms(name: str) -> TransformPair:
-    """The transforms of a paper, 224 pixels: one of `TRANSFORM_PRESETS`.
+    """The transforms of a paper: one of `TRANSFORM_PRESETS`.
 
-    "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars": SLCA and SLCA++, released code (GengDavid/SLCA).
+    "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars": SLCA and SLCA++, released code (GengDavid/SLCA), 224
+    pixels. "ucl_cifar", 32 pixels, and "ucl_tiny", 64 pixels: released code of the protocol on sequential CIFAR-10,
+    CIFAR-100 and TinyImageNet (divyam3897/UCL, `augmentations/simsiam_aug.py` with its option `cl_default`; its first
+    release has a random resized crop of 20-100 % in place of the padded crop). Images of another size are resized
+    first, bilinearly, which that code doesn't need.
 
     Raises:
         StreamError: unknown name; the nearest ones are listed.
@@ -115,11 +120,35 @@ def _slca_fine_grained() -> TransformPair:
     return _slca(steps, IMAGENET_MEAN, IMAGENET_STD)
 
 
+def _ucl(size: int, blur: bool) -> TransformPair:
+    native = transforms.Resize((size, size))  # leaves images of that size as they are
+    steps = [
+        transforms.RandomCrop(size, padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+    ]
+    if blur:
+        steps.append(transforms.RandomApply([transforms.GaussianBlur(size // 20 * 2 + 1, sigma=(0.1, 2.0))], p=0.5))
+    tensor = _tensor(UCL_MEAN, UCL_STD)
+    return TransformPair(transforms.Compose([native, *steps, *tensor]), transforms.Compose([native, *tensor]))
+
+
+def _ucl_cifar() -> TransformPair:
+    return _ucl(32, blur=False)
+
+
+def _ucl_tiny() -> TransformPair:
+    return _ucl(64, blur=True)
+
+
 TRANSFORM_PRESETS: dict[str, Callable[[], TransformPair]] = {
     "slca_cifar": _slca_cifar,
     "slca_imagenet_r": _slca_imagenet_r,
     "slca_cub": _slca_fine_grained,
     "slca_cars": _slca_fine_grained,
+    "ucl_cifar": _ucl_cifar,
+    "ucl_tiny": _ucl_tiny,
 }
 
 

@@ -23,6 +23,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 STATISTICS = {"slca_cifar": CIFAR, "slca_imagenet_r": IMAGENET, "slca_cub": IMAGENET, "slca_cars": IMAGENET}
 
+UCL = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615))
+UCL_SIZES = {"ucl_cifar": 32, "ucl_tiny": 64}
+
 
 def picture(width=80, height=60):
     pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8)
@@ -78,6 +81,50 @@ def test_training_presets_have_the_parameters_of_the_card():
     assert tuple(crop.size) == (224, 224)
 
 
+@pytest.mark.parametrize(("name", "size"), UCL_SIZES.items())
+def test_ucl_presets(name, size):
+    pair = preset_transforms(name)
+    image = picture(size, size)
+    torch.testing.assert_close(pair.eval(image).double(), normalised(image, *UCL), rtol=0, atol=1e-6)  # not resized
+    assert pair.eval(picture(80, 60)).shape == (3, size, size)
+    torch.manual_seed(0)
+    first, second = pair.train(image), pair.train(image)
+    assert first.shape == (3, size, size) and first.dtype == torch.float32 and not torch.equal(first, second)
+    assert pickle.loads(pickle.dumps(pair)).eval(image).equal(pair.eval(image))
+
+
+def test_ucl_presets_have_the_parameters_of_the_code():
+    for name, size in UCL_SIZES.items():
+        train = preset_transforms(name).train
+        crop = steps(train, transforms.RandomCrop)
+        assert tuple(crop.size) == (size, size) and crop.padding == 4
+        assert steps(train, transforms.RandomHorizontalFlip).p == 0.5
+        assert steps(train, transforms.RandomGrayscale).p == 0.2
+        norm = steps(train, transforms.Normalize)
+        assert (tuple(norm.mean), tuple(norm.std)) == UCL
+        applied = [step for step in train.transforms if isinstance(step, transforms.RandomApply)]
+        jitter = applied[0].transforms[0]
+        assert applied[0].p == 0.8 and jitter.brightness == jitter.contrast == jitter.saturation == (0.6, 1.4)
+        assert tuple(jitter.hue) == (-0.1, 0.1)
+        assert len(applied) == (2 if name == "ucl_tiny" else 1)
+    blur = applied[1].transforms[0]
+    assert applied[1].p == 0.5 and tuple(blur.kernel_size) == (7, 7) and tuple(blur.sigma) == (0.1, 2.0)
+
+
+def test_ucl_crop_moves_by_at_most_four_pixels_into_a_black_border():
+    """With the colour steps left out, a training view is a window of the padded image, perhaps mirrored."""
+    train = preset_transforms("ucl_cifar").train
+    spatial = transforms.Compose([step for step in train.transforms if "Apply" not in type(step).__name__][:3])
+    image = picture(32, 32)
+    padded = np.pad(np.array(image), ((4, 4), (4, 4), (0, 0)))
+    windows = {padded[top : top + 32, left : left + 32].tobytes() for top in range(9) for left in range(9)}
+    torch.manual_seed(0)
+    views = [np.array(spatial(image)) for _ in range(20)]
+    mirrored = [view.tobytes() not in windows for view in views]
+    assert any(mirrored) and not all(mirrored)
+    assert all(np.ascontiguousarray(v[:, ::-1]).tobytes() in windows for v, m in zip(views, mirrored, strict=True) if m)
+
+
 def test_timm_transforms_follow_the_configuration():
     pair = timm_transforms(CONFIG, scale=(0.5, 1.0), hflip=0.0, color_jitter=0.0)
     image = picture(40, 40)
@@ -113,4 +160,4 @@ def test_refuses():
         timm_transforms(CONFIG, augment=False, hflip=0.1)
     with pytest.raises(StreamError, match="'slca_cifr' is unknown; nearest: slca_cifar"):
         preset_transforms("slca_cifr")
-    assert set(TRANSFORM_PRESETS) == set(STATISTICS)
+    assert set(TRANSFORM_PRESETS) == set(STATISTICS) | set(UCL_SIZES)
