@@ -25,7 +25,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from avalanche_firn.models import vit_firn  # registers our architectures with timm
+from avalanche_firn.models import resnet_firn, vit_firn  # registers our architectures with timm
 
 __all__ = ["Backbone", "WeightsError", "list_backbones", "load_backbone", "renew_final_norm", "state_sha256"]
 
@@ -59,7 +59,8 @@ class Backbone:
 
 def list_backbones() -> list[str]:
     """Names of the architectures that this package adds to timm, with the tag where weights are shipped."""
-    return sorted(f"{name}.{tag}" if tag else name for name, cfgs in vit_firn.default_cfgs.items() for tag in cfgs.cfgs)
+    ours = {**resnet_firn.default_cfgs, **vit_firn.default_cfgs}
+    return sorted(f"{name}.{tag}" if tag else name for name, cfgs in ours.items() for tag in cfgs.cfgs)
 
 
 def state_sha256(module: nn.Module) -> str:
