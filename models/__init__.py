@@ -1,7 +1,10 @@
-"""Backbones (timm), heads, and how a model splits into the two."""
+"""Backbones (timm), heads, how a model splits into the two, and linear probes on features."""
 
 from avalanche_firn.models.backbones import Backbone, WeightsError, list_backbones, load_backbone, renew_final_norm
+from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.linear_probe import fit_linear_probe
+from avalanche_firn.models.linear_rows import LinearRows, linear_rows
 from avalanche_firn.models.parts import (
     FeatureClassifier,
     ModelParts,
@@ -13,13 +16,17 @@ from avalanche_firn.models.parts import (
 
 __all__ = [
     "Backbone",
+    "FeatureCache",
     "FeatureClassifier",
+    "LinearRows",
     "ModelParts",
     "TaskwiseLinearHead",
     "WeightsError",
     "evaluation_mode",
     "extract_features",
     "find_parts",
+    "fit_linear_probe",
+    "linear_rows",
     "list_backbones",
     "load_backbone",
     "renew_final_norm",

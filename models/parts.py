@@ -11,15 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from avalanche.models.utils import avalanche_forward
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from avalanche_firn.models.heads import TaskwiseLinearHead
 
 _COMMON_NAMES = ("head", "classifier", "fc")
+
+BatchNormMode = Literal["eval", "train", "new_bn_stats", "refresh"]
+"""How BatchNorm behaves in :func:`extract_features`; all but ``"eval"`` change its running statistics."""
 
 
 @dataclass(frozen=True)
@@ -167,18 +172,27 @@ def extract_features(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     head_name: str | None = None,
+    bn: BatchNormMode = "eval",
 ) -> tuple[Tensor, Tensor]:
     """Features of a data set: the input of the classifier, in evaluation mode, without gradients.
 
     :param dataset: items ``(x, y, ...)``; for statistics pass ``experience.dataset.eval()``, which applies the
-        evaluation transform.
+        evaluation transform. Models with task labels get the last element of the items.
+    :param bn: ``"eval"``: running statistics as they are, nothing changes. ``"train"``: the whole model in training
+        mode, batch statistics. ``"new_bn_stats"``: one pass in training mode first, then evaluation mode. ``"refresh"``:
+        statistics reset and averaged over one pass of equal weights, dropout off, then evaluation mode. The last three
+        move the running statistics (arXiv 2202.10054, released code, has the first three); batches are those of
+        ``batch_size`` in stored order.
     :returns: features ``(N, d)`` (float32 after a forward pass in half precision) and targets ``(N,)``, on ``device``.
-    :raises ValueError: the data set is empty, the features are not ``(B, d)``.
+    :raises ValueError: the data set is empty, the features are not ``(B, d)``, an unknown ``bn``.
 
-    The global random generators are not touched, so the order of later batches does not depend on this call.
+    With ``bn="eval"`` the global random generators are not touched, so the order of later batches does not depend on
+    this call (training modes may draw dropout masks).
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty; features need at least one sample")
+    if bn not in get_args(BatchNormMode):
+        raise ValueError(f"bn is {bn!r}; one of {list(get_args(BatchNormMode))} is accepted")
     parts = find_parts(model, head_name)
     captured: list[Tensor] = []
     handle = parts.head.register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
@@ -192,8 +206,11 @@ def extract_features(
     features, targets = [], []
     try:
         with evaluation_mode(model):
+            if bn in ("new_bn_stats", "refresh"):
+                _renew_statistics(model, loader, device, reset=bn == "refresh")
+            model.train(bn == "train")
             for batch in loader:
-                model(batch[0].to(device, non_blocking=True))
+                _forward(model, batch, device)
                 features.append(captured.pop())
                 captured.clear()  # a model may call its classifier more than once; the last call is the answer
                 targets.append(batch[1].to(device, non_blocking=True))
@@ -207,4 +224,35 @@ def extract_features(
     return stacked if stacked.dtype == torch.float64 else stacked.float(), torch.cat(targets)
 
 
-__all__ = ["FeatureClassifier", "ModelParts", "evaluation_mode", "extract_features", "find_parts", "with_taskwise_head"]
+def _forward(model: nn.Module, batch: Any, device: torch.device | str) -> Tensor:
+    labels = batch[-1].to(device, non_blocking=True) if len(batch) > 2 else None
+    return avalanche_forward(model, batch[0].to(device, non_blocking=True), labels)
+
+
+def _renew_statistics(model: nn.Module, loader: Any, device: torch.device | str, *, reset: bool) -> None:
+    """One pass that moves BatchNorm's running statistics: by their momentum, or from zero with equal weights."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.train(not reset)
+    try:
+        if reset:
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+        for batch in loader:
+            _forward(model, batch, device)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+__all__ = [
+    "BatchNormMode",
+    "FeatureClassifier",
+    "ModelParts",
+    "evaluation_mode",
+    "extract_features",
+    "find_parts",
+    "with_taskwise_head",
+]

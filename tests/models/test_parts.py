@@ -121,3 +121,88 @@ def test_frozen_backbone_mode():
     model.train()
     find_parts(model).backbone_eval()
     assert model.head.training and not model.backbone[0].training and not model.backbone[1].training
+
+
+class WithBatchNorm(nn.Module):
+    """The golden files' feature extractor: relu(BN(x W' + b)), with a classifier on top."""
+
+    def __init__(self, arrays):
+        super().__init__()
+        weight = torch.from_numpy(arrays["linear_weight"])
+        self.backbone = nn.Sequential(
+            nn.Linear(weight.shape[1], weight.shape[0]),
+            nn.BatchNorm1d(weight.shape[0], eps=float(arrays["bn_eps"]), momentum=float(arrays["bn_momentum"])),
+            nn.ReLU(),
+            nn.Dropout(0.0),
+        ).double()
+        self.head = nn.Linear(weight.shape[0], 2).double()
+        linear, norm = self.backbone[0], self.backbone[1]
+        values = {
+            linear.weight: weight,
+            linear.bias: torch.from_numpy(arrays["linear_bias"]),
+            norm.weight: torch.from_numpy(arrays["bn_weight"]),
+            norm.bias: torch.from_numpy(arrays["bn_bias"]),
+        }
+        with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.copy_(value)
+            norm.running_mean.copy_(torch.from_numpy(arrays["running_mean"]))
+            norm.running_var.copy_(torch.from_numpy(arrays["running_var"]))
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+class Batches(torch.utils.data.Sampler):
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __iter__(self):
+        start = 0
+        for size in self.sizes:
+            yield list(range(start, start + size))
+            start += size
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "new_bn_stats", "refresh"])
+def test_batchnorm_modes_golden(golden, mode, monkeypatch):
+    arrays = golden("lp_ft", "bn_feature_modes")
+    model = WithBatchNorm(arrays)
+    model.train()
+    x = torch.from_numpy(arrays["x"])
+    sizes = arrays["batch_sizes"].tolist()
+    if len(set(sizes[:-1])) > 1 or sizes[-1] > sizes[0]:  # batches of the loader have one size; take the golden ones
+
+        def loader(dataset, **kwargs):
+            return torch.utils.data.DataLoader(dataset, batch_sampler=Batches(sizes))
+
+        monkeypatch.setattr("avalanche_firn.models.parts.DataLoader", loader)
+    features, _ = extract_features(model, Data(x, torch.zeros(len(x)).long()), batch_size=sizes[0], bn=mode)
+    norm = model.backbone[1]
+    for name, value in (
+        ("features", features),
+        ("running_mean", norm.running_mean),
+        ("running_var", norm.running_var),
+    ):
+        torch.testing.assert_close(value, torch.from_numpy(arrays[f"{name}_{mode}"]), rtol=0, atol=1e-12)
+    if mode != "refresh":
+        assert int(norm.num_batches_tracked) == int(arrays[f"num_batches_{mode}"])
+    assert model.training and norm.training and norm.momentum == float(arrays["bn_momentum"])
+
+
+def test_unknown_batchnorm_mode():
+    model = FeatureClassifier(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="bn is 'fixed'; one of"):
+        extract_features(model, Data(torch.zeros(2, 3), torch.zeros(2).long()), bn="fixed")
+
+
+def test_models_with_task_labels_get_them():
+    from avalanche.models import MTSimpleMLP
+
+    model = MTSimpleMLP(input_size=3, hidden_size=5)
+    x = torch.randn(4, 3)
+    data = torch.utils.data.TensorDataset(x, torch.tensor([0, 1, 0, 1]), torch.zeros(4).long())
+    features, targets = extract_features(model, data)
+    model.eval()
+    torch.testing.assert_close(features, model.features(x))
+    assert targets.tolist() == [0, 1, 0, 1]
