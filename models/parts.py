@@ -179,10 +179,10 @@ def extract_features(
     :param dataset: items ``(x, y, ...)``; for statistics pass ``experience.dataset.eval()``, which applies the
         evaluation transform. Models with task labels get the last element of the items.
     :param bn: ``"eval"``: running statistics as they are, nothing changes. ``"train"``: the whole model in training
-        mode, batch statistics. ``"new_bn_stats"``: one pass in training mode first, then evaluation mode. ``"refresh"``:
-        statistics reset and averaged over one pass of equal weights, dropout off, then evaluation mode. The last three
-        move the running statistics (arXiv 2202.10054, released code, has the first three); batches are those of
-        ``batch_size`` in stored order.
+        mode, batch statistics. ``"new_bn_stats"``: one pass in training mode first, then evaluation mode.
+        ``"refresh"``: statistics reset and averaged over one pass with equal weights, dropout off, then evaluation
+        mode. The last three move the running statistics (arXiv 2202.10054, released code, has the first three); batches
+        are those of ``batch_size`` in stored order.
     :returns: features ``(N, d)`` (float32 after a forward pass in half precision) and targets ``(N,)``, on ``device``.
     :raises ValueError: the data set is empty, the features are not ``(B, d)``, an unknown ``bn``.
 

@@ -9,6 +9,7 @@ from avalanche_firn.plugins.classifier_alignment import (
     mean_scale,
     symmetric_cross_entropy,
 )
+from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.losses import LocalCrossEntropy, local_cross_entropy
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
@@ -20,6 +21,7 @@ __all__ = [
     "ClassifierAlignmentPlugin",
     "ExactCheckpointPlugin",
     "FreshOptimizerPlugin",
+    "LinearProbePlugin",
     "LocalCrossEntropy",
     "MixedPrecisionPlugin",
     "SlowLearnerPlugin",

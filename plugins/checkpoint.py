@@ -113,6 +113,14 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         self._must_rebuild = False
         self._stopped = ""  # why nothing may be saved any more
 
+    @property
+    def reopening(self) -> bool:
+        """Whether the opening hooks run again for an experience whose state is restored afterwards.
+
+        What a plugin computes then is overwritten, so it may leave expensive work out.
+        """
+        return self._opening
+
     # -------------------------------------------------------------------- use
     def resume(self, strategy: Any, *, allow_fresh: bool = False) -> int:
         """Bring the strategy to the newest checkpoint, and make the first one if there is none.

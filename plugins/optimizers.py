@@ -63,6 +63,8 @@ class FreshOptimizerPlugin(SupervisedPlugin, supports_distributed=True):  # type
         self.optimizer_factory = optimizer_factory
         self.scheduler_factory = scheduler_factory
         self.scheduler: LRScheduler | None = None
+        self.lr: float | None = None
+        """Rate of the next experience in place of the template's; other plugins set it before the experience opens."""
         self._template: Optimizer | None = None
 
     def groups(self, strategy: Any) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ class FreshOptimizerPlugin(SupervisedPlugin, supports_distributed=True):  # type
             assert self._template is not None
             optimizer = optimizer_like(self._template, groups)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * group["lr_scale"]
+            group["lr"] = (group["lr"] if self.lr is None else self.lr) * group["lr_scale"]
         strategy.optimizer = optimizer
         self.scheduler = None
         if self.scheduler_factory is not None:

@@ -8,6 +8,8 @@ doesn't wait for the device; it takes about 0.1 ms and 13 kB.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,4 +62,21 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
 
 
-__all__ = ["capture_random_state", "restore_random_state"]
+@contextmanager
+def private_random_state(seed: int | None = None) -> Iterator[None]:
+    """Whatever is drawn inside leaves the global generators as they were.
+
+    :param seed: seeds all of them inside, 0 to 2**63 - 1.
+    """
+    state = capture_random_state()
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        restore_random_state(state)
+
+
+__all__ = ["capture_random_state", "private_random_state", "restore_random_state"]

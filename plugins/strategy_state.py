@@ -18,9 +18,11 @@ from typing import Any
 import avalanche
 import numpy as np
 import torch
+from avalanche.evaluation.metric_results import AlternativeValues
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 from avalanche.training.templates.base_sgd import BaseSGDTemplate, PeriodicEval
+from matplotlib.figure import Figure
 from torch import nn
 
 from avalanche_firn.plugins.checkpoint_files import CheckpointError, matching_files
@@ -225,12 +227,24 @@ def _load_criterion(strategy: Any, saved: dict[str, Any], known: dict[str, Any])
 
 
 def _evaluator_state(evaluator: Any, known: dict[str, Any]) -> dict[str, Any]:
+    last = {name: _without_picture(value) for name, value in evaluator.last_metric_results.items()}
+    collected = {
+        name: (steps, [_without_picture(value) for value in values])
+        for name, (steps, values) in evaluator.all_metric_results.items()
+    }
     return {
         "metrics": [_object_state(m, known) for m in evaluator.metrics],
-        "last": to_plain(evaluator.last_metric_results, path="evaluator.last_metric_results"),
-        "all": to_plain(dict(evaluator.all_metric_results), path="evaluator.all_metric_results"),
+        "last": to_plain(last, path="evaluator.last_metric_results"),
+        "all": to_plain(collected, path="evaluator.all_metric_results"),
         "active": evaluator.active,
     }
+
+
+def _without_picture(value: Any) -> Any:
+    """A value that is also a picture stays as its other forms: the picture has been logged and decides nothing."""
+    if not isinstance(value, AlternativeValues):
+        return value
+    return AlternativeValues(*(form for form in value.alternatives if not isinstance(form, Figure)))
 
 
 def _load_evaluator(evaluator: Any, saved: dict[str, Any], known: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Ready Avalanche strategies, one file per paper."""
 
+from avalanche_firn.strategies.lp_ft import LPFT
 from avalanche_firn.strategies.slca import SLCA
 
-__all__ = ["SLCA"]
+__all__ = ["LPFT", "SLCA"]

@@ -20,7 +20,7 @@ from avalanche_firn.plugins import (
     MixedPrecisionPlugin,
     SlowLearnerPlugin,
 )
-from avalanche_firn.strategies import SLCA
+from avalanche_firn.strategies import LPFT, SLCA
 
 
 class PaperConvNet(nn.Module):
@@ -64,13 +64,15 @@ class Losses(SupervisedPlugin):
 def build(method, backbone, precision, others, losses):
     torch.manual_seed(0)
     plugins = [*others, losses, MixedPrecisionPlugin(precision)]
-    model = with_taskwise_head(BACKBONES[backbone](), freeze_old=method != "naive")
+    model = with_taskwise_head(BACKBONES[backbone](), freeze_old=method not in ("naive", "lp_ft"))
     common = dict(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), train_mb_size=24, train_epochs=2,
         eval_mb_size=256, evaluator=None,
     )  # fmt: skip
     replay = any(isinstance(p, ReplayPlugin) for p in others)
-    criterion = nn.CrossEntropyLoss() if replay or method == "naive" else LocalCrossEntropy()
+    criterion = nn.CrossEntropyLoss() if replay or method in ("naive", "lp_ft") else LocalCrossEntropy()
+    if method == "lp_ft":
+        return LPFT(**common, criterion=criterion, plugins=plugins)
     if method == "slca":
         own = ClassifierAlignmentPlugin(samples_per_class=32)
         return SLCA(**common, criterion=criterion, backbone_scale=0.05, alignment=own, plugins=plugins)
@@ -84,8 +86,8 @@ def digits():
 
 
 CELLS = [
-    *((m, b, p, None) for m in ("naive", "slow_learner", "slca") for b in BACKBONES for p in ("fp32", "bf16")),
-    *((m, "convnet", "fp32", c) for m in ("slow_learner", "slca") for c in ("replay", "ewc")),
+    *((m, b, p, None) for m in ("naive", "slow_learner", "slca", "lp_ft") for b in BACKBONES for p in ("fp32", "bf16")),
+    *((m, "convnet", "fp32", c) for m in ("slow_learner", "slca", "lp_ft") for c in ("replay", "ewc")),
     ("slca", "convnet", "fp16", None),
 ]
 

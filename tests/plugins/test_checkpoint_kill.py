@@ -76,7 +76,7 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     from avalanche.training.plugins import SupervisedPlugin
     from safetensors.torch import save_file
 
-    from avalanche_firn.plugins import checkpoint_files
+    from avalanche_firn.plugins import checkpoint_files, linear_probe
     from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 
     torch.set_num_threads(1)
@@ -88,6 +88,8 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     checkpoint_files.save_file = mark.around(checkpoint_files.save_file)
     checkpoint_files.shutil.rmtree = mark.around(shutil.rmtree)
     checkpoint_files.cut_back = mark.around(checkpoint_files.cut_back)
+
+    linear_probe.write_probe = mark.around(linear_probe.write_probe, "probing")
 
     class Marker(SupervisedPlugin):
         stateless = True
@@ -198,7 +200,7 @@ def test_the_run_covers_what_is_to_be_killed(references):
 
 @pytest.mark.parametrize(
     ("recipe", "kills"),
-    [("slca_evaluated", 20), ("growing", 6), pytest.param("slca_evaluated", 200, marks=pytest.mark.slow)],
+    [("slca_evaluated", 20), ("growing", 6), ("lp_ft", 6), pytest.param("slca_evaluated", 200, marks=pytest.mark.slow)],
 )
 def test_kills_at_random_places(recipe, kills, references, tmp_path):
     """At random steps, anywhere between the first line of a process and its last event."""
@@ -242,3 +244,12 @@ def test_kills_at_every_operation_on_files(references, tmp_path):
     draw = lambda: {"kill_at": next(operations), "only": "files"}  # noqa: E731
     phases = kill_until_done(tmp_path / "slca_evaluated" / "run", draw, expected)
     assert len(phases) >= 20 and set(phases) == {"files"}
+
+
+def test_kills_inside_linear_probes(references, tmp_path):
+    """Before and after the rows are written, in both of the probed experiences."""
+    expected, _, _ = references("lp_ft")
+    for kill_at in (1, 2, 3, 4):
+        places = iter([kill_at, None])
+        draw = lambda places=places: {"kill_at": next(places), "only": "probing"}  # noqa: E731
+        assert kill_until_done(tmp_path / "lp_ft" / str(kill_at), draw, expected) == ["probing"]
