@@ -1,5 +1,7 @@
-"""Continual-learning figures as functions and as Avalanche metrics; intervals, pictures and TensorBoard."""
+"""Continual-learning figures as functions and as Avalanche metrics; probes of representations, drift; intervals,
+pictures and TensorBoard."""
 
+from avalanche_firn.evaluation.drift import RepresentationDrift, linear_cka, weight_distance
 from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.figures import curves_figure, save_figure, task_matrix_figure
 from avalanche_firn.evaluation.matrix import (
@@ -20,6 +22,8 @@ from avalanche_firn.evaluation.metrics import (
     TrainingLoss,
     continual_metrics,
 )
+from avalanche_firn.evaluation.probes import fit_linear_probe, knn_predict
+from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.evaluation.statistics import Interval, curve_interval, mean_interval, paired_difference
 from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config, read_scalars, write_summary
 
@@ -29,6 +33,8 @@ __all__ = [
     "LearningRates",
     "NotEvaluatedError",
     "PhaseMetric",
+    "RepresentationDrift",
+    "RepresentationProbe",
     "ResultMatrix",
     "ResultMatrixMetric",
     "TrainingLoss",
@@ -38,10 +44,13 @@ __all__ = [
     "continual_metrics",
     "curve_interval",
     "curves_figure",
+    "fit_linear_probe",
     "forgetting",
     "forward_transfer",
     "incremental_accuracy",
+    "knn_predict",
     "last_accuracy",
+    "linear_cka",
     "log_hparams",
     "log_text_config",
     "mean_interval",
@@ -49,5 +58,6 @@ __all__ = [
     "read_scalars",
     "save_figure",
     "task_matrix_figure",
+    "weight_distance",
     "write_summary",
 ]

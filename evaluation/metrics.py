@@ -28,7 +28,7 @@ from avalanche_firn.evaluation.matrix import ResultMatrix
 Emitted = list[MetricValue] | None
 
 
-def _full_stream(experience: Any) -> Any:
+def full_stream(experience: Any) -> Any:
     """The whole stream of an experience; the first benchmark generation hands out slices as origin streams."""
     stream = experience.origin_stream
     streams = getattr(getattr(experience, "benchmark", None), "streams", {})
@@ -107,7 +107,7 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
     def before_training_exp(self, strategy: Any) -> Emitted:
         self._current = int(strategy.experience.current_experience)
         self._trained_classes |= _classes(strategy.experience)
-        self._train_length = _length(_full_stream(strategy.experience))
+        self._train_length = _length(full_stream(strategy.experience))
         return None
 
     def after_training_exp(self, strategy: Any) -> Emitted:
@@ -143,7 +143,7 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
             correct = 0 if self._correct is None else int(self._correct.item())
             index = int(experience.current_experience)
             self._evaluated[index] = (correct, self._total)
-            self._eval_stream = _full_stream(experience)
+            self._eval_stream = full_stream(experience)
             if self._current is None:
                 row = len(self._trained) - 1
                 self.matrix.record(row, index, correct, self._total, classes=_classes(experience))
