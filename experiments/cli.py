@@ -85,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dry-run", action="store_true", help="also train two steps of every method on random data of the true shape"
     )
+    sub.add_argument(
+        "--no-data",
+        action="store_true",
+        help="read neither data nor weights, which may be elsewhere: the tasks follow from the recipe",
+    )
     return parser
 
 
@@ -262,13 +267,12 @@ def _recipes(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     config = _loaded(arguments)
     _calm()
+    from avalanche_firn.experiments.dry_run import dry_run, outline
     from avalanche_firn.experiments.resources import prepare
 
-    print(prepare(config))
+    print(outline(config) if arguments.no_data else prepare(config))
     if arguments.dry_run:
-        from avalanche_firn.experiments.dry_run import dry_run
-
-        for line in dry_run(config):
+        for line in dry_run(config, data=not arguments.no_data):
             print(line, flush=True)
     return OK
 

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
+from avalanche_firn.experiments.probe_sections import LinearProbeStageConfig
 from avalanche_firn.experiments.sections import (
     BackboneConfig,
     CheckpointConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "AlignmentConfig",
     "Config",
     "JointConfig",
+    "LPFTConfig",
     "LinearProbeConfig",
     "MethodConfig",
     "NaiveConfig",
@@ -110,8 +112,20 @@ class SLCAConfig(_SlowBackbone):
     alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="the second stage")
 
 
+class LPFTConfig(_Method):
+    """LP-FT: in every task a linear probe on the frozen backbone, then fine-tuning from that classifier."""
+
+    strategy: Literal["lp_ft"] = Field(description="linear probe, then fine-tuning, in every task")
+    ft_lr: Rate | None = Field(default=None, description="rate of fine-tuning after a probe; null = training's; open")
+    local_loss: bool = Field(default=False, description="cross-entropy over the classes of the task; open, our choice")
+    linear_probe: LinearProbeStageConfig = Field(
+        default_factory=LinearProbeStageConfig, description="the probe before fine-tuning"
+    )
+
+
 MethodConfig = Annotated[
-    NaiveConfig | LinearProbeConfig | SlowLearnerConfig | SLCAConfig | JointConfig, Field(discriminator="strategy")
+    NaiveConfig | LinearProbeConfig | SlowLearnerConfig | SLCAConfig | LPFTConfig | JointConfig,
+    Field(discriminator="strategy"),
 ]
 
 
@@ -181,6 +195,12 @@ class Config(Section):
                 for problem in problems_of(error, TrainingConfig):
                     path = f"methods[{i}].training.{problem.path}"
                     problems.append((path, f"{problem.reason} (together with training)", problem.accepted))
+                continue
+            carried = isinstance(method, LPFTConfig) and not method.linear_probe.reset_momentum
+            if carried and self.training_of(method).schedule.name != "none":
+                reason = "false carries one optimizer over all tasks, and a schedule begins anew in each"
+                path = f"methods[{i}].linear_probe.reset_momentum"
+                problems.append((path, reason, "true, or schedule: {name: none}"))
         if self.precision == "fp16" and self.device == "cpu":
             problems.append(("precision", "fp16 needs a CUDA device", "fp32 or bf16 with device: cpu"))
         reject(problems)

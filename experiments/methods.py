@@ -21,14 +21,17 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
 from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.parts import FeatureClassifier
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
+from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.losses import LocalCrossEntropy
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.schedules import SchedulerFactory, cosine, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.strategies.lp_ft import LPFT
 from avalanche_firn.strategies.slca import SLCA
 
 __all__ = ["METHODS", "Ingredients", "Method", "build_strategy", "make_optimizer", "make_schedule"]
@@ -43,6 +46,7 @@ class Ingredients:
     device: torch.device
     plugins: Sequence[SupervisedPlugin]
     evaluator: EvaluationPlugin
+    cache: FeatureCache | None = None
 
     @property
     def method(self) -> Any:
@@ -139,6 +143,22 @@ def _slca(parts: Ingredients) -> SupervisedTemplate:
     )
 
 
+def _lp_ft(parts: Ingredients) -> SupervisedTemplate:
+    probe = LinearProbePlugin(
+        **parts.method.linear_probe.model_dump(),
+        ft_lr=parts.method.ft_lr,
+        cache=parts.cache,
+        seed=parts.config.seeds[0],
+    )
+    return LPFT(
+        **parts.common(parts.model(freeze_old=False)),
+        criterion=LocalCrossEntropy() if parts.method.local_loss else nn.CrossEntropyLoss(),
+        linear_probe=probe,
+        scheduler_factory=_schedule(parts),
+        plugins=parts.extra_plugins(),
+    )
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of the registry.
@@ -157,6 +177,7 @@ METHODS: dict[str, Method] = {
     "linear_probe": Method(_linear_probe),
     "slow_learner": Method(_slow_learner),
     "slca": Method(_slca),
+    "lp_ft": Method(_lp_ft),
     "joint": Method(_naive, joint=True),
 }
 

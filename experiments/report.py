@@ -18,11 +18,21 @@ from avalanche_firn.evaluation.statistics import paired_difference
 from avalanche_firn.evaluation.tensorboard import write_summary
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.report_html import html_report
+from avalanche_firn.experiments.report_probes import probe_facts, probe_tables, probe_tags
 from avalanche_firn.experiments.results import FIGURES, Group, find_runs, group_runs
 
 __all__ = ["facts", "mismatches", "report_folders", "text_table", "write_report"]
 
 _CURVES = (("accuracy/last", "accuracy over all classes seen"), ("accuracy/average", "mean accuracy over tasks seen"))
+
+
+def _curves(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Tags and captions of what is drawn over the tasks; probes that were measured after every task."""
+    drawn = list(_CURVES)
+    for tag in probe_tags(groups):
+        if all(None not in run["curves"].get(tag, [None]) for group in groups for run in group.runs):
+            drawn.append((tag, f"mean accuracy over tasks seen after adaptation: {tag.removeprefix('probe/')}"))
+    return drawn
 
 
 def label_of(group: Group) -> str:
@@ -40,9 +50,13 @@ def cells(group: Group) -> list[str]:
 
 
 def text_table(groups: Sequence[Group]) -> str:
-    """The table that is printed at the end of a comparison."""
+    """The table that is printed at the end of a comparison, and below it that of the representations, if probed."""
     heads = ["method", *(head for _, head, *_ in FIGURES)]
     rows = [[label_of(group), *cells(group)] for group in groups]
+    return "\n\n".join([_aligned(heads, rows), *(_aligned(*table[1:]) for table in probe_tables(groups)[:1])])
+
+
+def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
 
     def line(row: Sequence[str]) -> str:
@@ -61,11 +75,13 @@ def facts(groups: Sequence[Group]) -> list[str]:
     tags = sorted({f"{run['backbone']['tag']} ({run['backbone']['weights']})" for run in runs})
     devices = sorted({run["cost"]["device"] for run in runs})
     interval = "mean ± 95 % interval over seeds (Student t)" if len(seeds) > 1 else "one seed, so no interval"
+    scope = "Apart from the probes no" if probe_tags(groups) else "No"
     lines = [
         f"Measured in these runs on the {', '.join(splits)}; {interval}; seeds {', '.join(map(str, seeds))}.",
-        f"Backbone {', '.join(tags)}; device {', '.join(devices)}. No task identity at test time, no replay.",
+        f"Backbone {', '.join(tags)}; device {', '.join(devices)}. {scope} task identity at test time, no replay.",
     ]
     diverged = [f"{run['method']} seed {run['seed']}" for run in runs if run["diverged"]]
+    lines += probe_facts(groups)
     cautions = [
         *mismatches(groups),
         *([f"weights became infinite or NaN in {', '.join(diverged)}"] if diverged else []),
@@ -131,7 +147,7 @@ def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[list[str]
     if differences:
         heading = ["difference of last accuracy", "percent points", "seeds"]
         found.append(("Paired differences (mean ± 95 % interval over common seeds)", heading, differences))
-    return found
+    return found + probe_tables(groups)
 
 
 def _markdown(title: str, groups: Sequence[Group], pictures: Sequence[tuple[str, Path]]) -> str:
@@ -149,6 +165,7 @@ def _markdown(title: str, groups: Sequence[Group], pictures: Sequence[tuple[str,
 def _csv(groups: Sequence[Group]) -> str:
     text = io.StringIO()
     tags = [tag for tag, *_ in FIGURES if tag != "seconds"] + ["transfer/backward", "transfer/forward"]
+    tags += sorted({tag for group in groups for run in group.runs for tag in run["figures"] if tag[:6] == "probe/"})
     cost = ["seconds", "images_per_second", "peak_memory_MiB", "trainable_parameters"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "strategy", "seed", "split", *tags, *cost, "config_digest", "weights_sha256"])
@@ -174,7 +191,7 @@ def curves(groups: Sequence[Group], tag: str) -> dict[str, Any]:
 
 def _pictures(folder: Path, groups: Sequence[Group]) -> list[tuple[str, Path]]:
     done = []
-    for tag, caption in _CURVES:
+    for tag, caption in _curves(groups):
         lines = curves(groups, tag)
         if lines:
             name = tag.replace("/", "-")
@@ -198,7 +215,7 @@ def write_report(folder: Path, groups: Sequence[Group], *, title: str) -> None:
     (folder / "report.md").write_text(_markdown(title, groups, pictures), encoding="utf-8")
     html = html_report(title, facts(groups), tables(groups), pictures)
     (folder / "report.html").write_text(html, encoding="utf-8")
-    write_summary(folder, {tag: curves(groups, tag) for tag, _ in _CURVES})
+    write_summary(folder, {tag: curves(groups, tag) for tag, _ in _curves(groups)})
 
 
 def report_folders(folders: Sequence[Path], output: Path | None = None) -> str:

@@ -16,18 +16,34 @@ import torch
 
 from avalanche_firn.benchmarks import classic
 from avalanche_firn.benchmarks.digits import digits_stream
+from avalanche_firn.benchmarks.domains import domain_folder_stream
 from avalanche_firn.benchmarks.folder import folder_stream
 from avalanche_firn.benchmarks.streams import Stream
 from avalanche_firn.benchmarks.transforms import TransformPair, preset_transforms, timm_transforms
+from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.methods import METHODS
-from avalanche_firn.experiments.sections import AvalancheStreamConfig, DigitsStreamConfig, FolderStreamConfig
+from avalanche_firn.experiments.sections import (
+    AvalancheStreamConfig,
+    DigitsStreamConfig,
+    DomainFolderStreamConfig,
+    FolderStreamConfig,
+)
 from avalanche_firn.models.backbones import Backbone, load_backbone
+from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 
-__all__ = ["Prepared", "build_backbone", "build_stream", "evaluated_stream", "prepare"]
+__all__ = [
+    "Prepared",
+    "build_backbone",
+    "build_probes",
+    "build_stream",
+    "evaluated_stream",
+    "prepare",
+    "refuse_repeated_classes",
+]
 
 
 @contextmanager
@@ -76,17 +92,42 @@ def build_stream(config: Config, data_config: dict[str, Any], seed: int) -> Stre
         pair = _transforms(section, data_config)
         if isinstance(section, FolderStreamConfig):
             assert pair is not None
-            return folder_stream(
-                section.root,
-                tasks=section.tasks,
-                train_transform=pair.train,
-                eval_transform=pair.eval,
-                validation_fraction=section.validation_fraction,
-                test_fraction=section.test_fraction,
-                split_seed=section.split_seed,
-                **_order(section.class_order, seed),
+            return _counted(
+                folder_stream(
+                    section.root,
+                    tasks=section.tasks,
+                    train_transform=pair.train,
+                    eval_transform=pair.eval,
+                    validation_fraction=section.validation_fraction,
+                    test_fraction=section.test_fraction,
+                    split_seed=section.split_seed,
+                    **_order(section.class_order, seed),
+                ),
+                section.classes,
+            )
+        if isinstance(section, DomainFolderStreamConfig):
+            assert pair is not None
+            return _counted(
+                domain_folder_stream(
+                    section.root,
+                    domains=section.domain_order,
+                    train_transform=pair.train,
+                    eval_transform=pair.eval,
+                    validation_fraction=section.validation_fraction,
+                    test_fraction=section.test_fraction,
+                    split_seed=section.split_seed,
+                ),
+                section.classes,
             )
         return _classic(section, pair, seed)
+
+
+def _counted(stream: Stream, classes: int | None) -> Stream:
+    """`stream`, whose number of classes must be the declared one, if one is declared."""
+    if classes not in (None, stream.num_classes):
+        reason = f"{classes}, but the data has {stream.num_classes} classes"
+        raise ConfigError(Problem("stream.classes", reason, f"{stream.num_classes} or null"))
+    return stream
 
 
 def _order(order: Any, seed: int) -> dict[str, Any]:
@@ -122,7 +163,13 @@ def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: i
             arguments["seed"] = seed
         if pair is not None:
             arguments |= {"train_transform": _RGB(pair.train), "eval_transform": _RGB(pair.eval)}
-    return classic.avalanche_stream(section.benchmark, **arguments)
+    return classic.avalanche_stream(
+        section.benchmark,
+        validation_fraction=section.validation_fraction,
+        split_seed=section.split_seed,
+        first_experiences=section.first_experiences,
+        **arguments,
+    )
 
 
 class _RGB:
@@ -146,6 +193,47 @@ def evaluated_stream(config: Config, stream: Stream) -> Any:
     if stream.valid is None:
         raise ConfigError(Problem("evaluation.split", f"the stream {stream.name} has no validation part", "test"))
     return stream.valid
+
+
+def build_probes(config: Config, stream: Stream, evaluated: Any, cache: FeatureCache) -> list[RepresentationProbe]:
+    """The probes of a run, on the continual stream's tasks (also for joint training).
+
+    Raises:
+        ConfigError: more shots than a class has images, streams that do not fit together.
+    """
+    sections = config.evaluation.probes
+    probes = []
+    for i, section in enumerate(sections):
+        others = {adaptation for j, other in enumerate(sections) if j != i for adaptation in other.adapt}
+        with _as_config_error(f"evaluation.probes[{i}]"):
+            probe = RepresentationProbe(
+                stream.train,
+                evaluated,
+                **section.model_dump(),
+                eval_batch_size=config.training.eval_batch_size,
+                num_workers=config.training.num_workers,
+                cache=cache,
+                detailed_tags=bool(others & set(section.adapt)),  # the same adaptation with other settings
+            )
+        same = sorted({probe.tag(name) for name in probe.adapt} & {o.tag(name) for o in probes for name in o.adapt})
+        if same:
+            reason = f"{same} is measured twice, with settings that its tag does not tell apart"
+            accepted = "other shots, k, temperature, l2, lr or epochs"
+            raise ConfigError(Problem(f"evaluation.probes[{i}]", reason, accepted))
+        probes.append(probe)
+    return probes
+
+
+def refuse_repeated_classes(config: Config, name: str) -> None:
+    """Refuses the methods that can't work on a stream (called `name`) whose classes come again.
+
+    Raises:
+        ConfigError: there is one in the recipe.
+    """
+    for i, method in enumerate(config.methods):
+        if method.strategy in ("linear_probe", "slow_learner", "slca"):
+            reason = f"{method.strategy} needs each class in one experience, and {name} repeats classes"
+            raise ConfigError(Problem(f"methods[{i}].strategy", reason, "naive, lp_ft or joint on this stream"))
 
 
 @dataclass(frozen=True)
@@ -188,11 +276,8 @@ def prepare(config: Config) -> Prepared:
     seed_everything(config.seeds[0])
     backbone = build_backbone(config)
     stream = build_stream(config, backbone.data_config, config.seeds[0])
-    evaluated_stream(config, stream)
+    build_probes(config, stream, evaluated_stream(config, stream), FeatureCache())
     if sum(stream.task_sizes) != stream.num_classes:
-        for i, method in enumerate(config.methods):
-            if method.strategy in ("linear_probe", "slow_learner", "slca"):
-                reason = f"{method.strategy} needs each class in one experience, and {stream.name} repeats classes"
-                raise ConfigError(Problem(f"methods[{i}].strategy", reason, "naive or joint on this stream"))
+        refuse_repeated_classes(config, stream.name)
     assert set(METHODS) >= {method.strategy for method in config.methods}
     return Prepared(config, device, backbone, stream)

@@ -23,9 +23,11 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_firn.benchmarks.streams import Stream
+from avalanche_firn.evaluation.drift import RepresentationDrift
 from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.matrix import ResultMatrix
 from avalanche_firn.evaluation.metrics import ResultMatrixMetric, continual_metrics
+from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.csv_logger import CsvLogger
@@ -33,9 +35,10 @@ from avalanche_firn.experiments.environment import describe_environment, resolve
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
 from avalanche_firn.experiments.progress import ProgressPlugin, RunClock, bars_wanted
 from avalanche_firn.experiments.recipe import dump
-from avalanche_firn.experiments.resources import build_backbone, build_stream, evaluated_stream
+from avalanche_firn.experiments.resources import build_backbone, build_probes, build_stream, evaluated_stream
 from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
 from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files
 
@@ -51,6 +54,7 @@ class _Recorder:
     """The metrics of a run and where they are written."""
 
     matrix: ResultMatrixMetric
+    probes: list[RepresentationProbe]
     efficiency: Efficiency
     evaluator: EvaluationPlugin
     board: TensorboardLogger
@@ -58,12 +62,17 @@ class _Recorder:
 
 
 @contextmanager
-def _recorder(config: Config, folder: Path) -> Iterator[_Recorder]:
+def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cache: FeatureCache) -> Iterator[_Recorder]:
     section = config.evaluation
+    probes = build_probes(config, stream, evaluated, cache)
+    drift = section.drift
+    images = stream.joint().train[0].dataset if drift is not None else None
+    extra: list[Any] = [*probes, *([] if drift is None else [RepresentationDrift(images, **drift.model_dump())])]
     metrics = continual_metrics(streams=[_STREAMS[section.split]], forgetting_kind=section.forgetting)
     board, table = TensorboardLogger(folder), CsvLogger(folder / _METRICS)
     evaluator = EvaluationPlugin(
         *metrics,
+        *extra,
         accuracy_metrics(experience=True, stream=True),
         loss_metrics(experience=True, stream=True),
         loggers=[board, table],
@@ -72,7 +81,7 @@ def _recorder(config: Config, folder: Path) -> Iterator[_Recorder]:
     matrix = next(metric for metric in metrics if isinstance(metric, ResultMatrixMetric))
     efficiency = next(metric for metric in metrics if isinstance(metric, Efficiency))
     try:
-        yield _Recorder(matrix, efficiency, evaluator, board, table)
+        yield _Recorder(matrix, probes, efficiency, evaluator, board, table)
     finally:
         board.writer.close()
         table.close()
@@ -106,6 +115,7 @@ def run(
     backbone = build_backbone(config)
     stream = build_stream(config, backbone.data_config, seed)
     evaluated = evaluated_stream(config, stream)
+    continual = stream
     if METHODS[method.strategy].joint:
         stream = stream.joint()
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,13 +135,13 @@ def run(
         append_only=grown,
     )
     _record_environment(folder, device, backbone, resumed=resumed)
-    clock = RunClock()
+    clock, cache = RunClock(), FeatureCache()
     try:
-        with _recorder(config, folder) as recorder:
+        with _recorder(config, folder, continual, evaluated, cache) as recorder:
             plugins = [checkpoint]
             if bars_wanted(config.progress, quiet):
                 plugins.insert(0, ProgressPlugin(label=f"{method.name} seed {seed}", tasks=len(stream.train)))
-            strategy = build_strategy(Ingredients(config, backbone, device, plugins, recorder.evaluator))
+            strategy = build_strategy(Ingredients(config, backbone, device, plugins, recorder.evaluator, cache))
             strategy.plugins.insert(0, clock)  # first: what others do before an evaluation counts
             seed_everything(seed)  # again: what loading the backbone drew must not shift the order of the data
             if not resumed:
@@ -204,6 +214,7 @@ def _results(
     steps = [matrix.summary(t) for t in range(matrix.shape[0])]
     accuracy = [[None if math.isnan(v) else v for v in row] for row in matrix.accuracy.tolist()]
     kind = METHODS[method.strategy]
+    probed = {name: curve for probe in recorder.probes for name, curve in probe.curves().items()}
     return {
         "format": FORMAT,
         "recipe": config.name,
@@ -227,10 +238,14 @@ def _results(
             "evaluated": config.evaluation.streams,
             "forgetting": matrix.forgetting_kind,
         },
-        "figures": steps[-1],
-        "curves": {name: [step[name] for step in steps] for name in steps[-1]},
+        "figures": steps[-1] | {name: curve[-1] for name, curve in probed.items()},
+        "curves": {name: [step[name] for step in steps] for name in steps[-1]} | probed,
         "accuracy_matrix": accuracy,
         "matrix": matrix.to_dict(),
+        "probes": [
+            {"protocol": probe.protocol(), "matrices": {name: m.to_dict() for name, m in probe.matrices.items()}}
+            for probe in recorder.probes
+        ],
         "diverged": not all(bool(p.isfinite().all()) for p in strategy.model.parameters()),
         "cost": _cost(config, stream, recorder.efficiency, strategy, seconds),
     }

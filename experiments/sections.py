@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
+from avalanche_firn.experiments.probe_sections import DriftConfig, ProbeConfig
 
 __all__ = [
     "AvalancheStreamConfig",
     "BackboneConfig",
     "CheckpointConfig",
     "DigitsStreamConfig",
+    "DomainFolderStreamConfig",
     "EvaluationConfig",
     "FolderStreamConfig",
     "OptimizerConfig",
@@ -61,10 +63,14 @@ class BackboneConfig(Section):
 ClassId = Annotated[int, Field(ge=0)]
 ClassOrder = Literal["natural", "seeded"] | list[ClassId]
 Tasks = Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]]
-Transforms = Literal["backbone", "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars"]
-_TRANSFORMS_HELP = "backbone = from timm's data configuration of the weights; slca_... = the SLCA code's, 224 pixels"
+Transforms = Literal["backbone", "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars", "ucl_cifar", "ucl_tiny"]
+_TRANSFORMS_HELP = (
+    "backbone = from timm's data configuration of the weights; slca_... = the SLCA code's, 224 pixels; ucl_cifar, "
+    "ucl_tiny = the UCL code's, 32 and 64 pixels"
+)
 _AUGMENT_HELP = "with transforms: backbone, random crop, flip and colour jitter while training; timm's ImageNet recipe"
 _TASKS_HELP = "number of experiences (the last takes what remains), or the list of their class counts"
+_CLASSES_HELP = "number of classes, for check --no-data; null = as many as there are, otherwise compared with the data"
 _ORDER_HELP = (
     "natural = ascending; seeded = numpy permutation drawn from the run's seed, as the SLCA code does; "
     "or the list of all class ids"
@@ -86,6 +92,13 @@ def _order_problems(order: Any, classes: int | None) -> list[tuple[str, str, str
     if outside and len(order) == size:
         problems.append(("class_order", f"the class ids {outside} don't exist", f"{accepted}: 0 to {size - 1}"))
     return problems
+
+
+def _fraction_problems(validation: float, test: float) -> list[tuple[str, str, str]]:
+    if validation + test < 1:
+        return []
+    total = f"together with validation_fraction {validation + test:g}"
+    return [("test_fraction", f"{total} leaves nothing to train on", "a sum below 1")]
 
 
 class DigitsStreamConfig(Section):
@@ -116,6 +129,7 @@ class FolderStreamConfig(Section):
     class_order: Literal["natural", "seeded"] | list[ClassId | str] = Field(
         default="natural", description=f"{_ORDER_HELP}, or of all class names"
     )
+    classes: int | None = Field(default=None, ge=1, description=_CLASSES_HELP)
     validation_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="of each class, unless the folder has a validation part; our choice"
     )
@@ -128,16 +142,50 @@ class FolderStreamConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> FolderStreamConfig:
-        problems = _order_problems(self.class_order, sum(self.tasks) if isinstance(self.tasks, list) else None)
-        if self.validation_fraction + self.test_fraction >= 1:
-            total = f"together with validation_fraction {self.validation_fraction + self.test_fraction:g}"
-            problems.append(("test_fraction", f"{total} leaves nothing to train on", "a sum below 1"))
+        listed = sum(self.tasks) if isinstance(self.tasks, list) else None
+        problems = _order_problems(self.class_order, listed if listed is not None else self.classes)
+        problems += _fraction_problems(self.validation_fraction, self.test_fraction)
+        if self.classes is not None and listed is not None and listed != self.classes:
+            problems.append(("tasks", f"{self.tasks} sums to {listed} classes", f"counts that sum to {self.classes}"))
+        if self.classes is not None and isinstance(self.tasks, int) and self.tasks > self.classes:
+            reason = f"{self.tasks} tasks are impossible with {self.classes} classes"
+            problems.append(("tasks", reason, f"1 to {self.classes}"))
+        reject(problems)
+        return self
+
+
+class DomainFolderStreamConfig(Section):
+    """A folder of domains, each with one sub-folder of images per class: the classes come again in every domain."""
+
+    name: Literal["domains"] = Field(description="a folder of domain folders")
+    root: str = Field(min_length=1, description="the folder; relative paths start at the working directory")
+    domain_order: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, min_length=1, description="domain folders in order of appearance; null = all, sorted as text"
+    )
+    classes: int | None = Field(default=None, ge=1, description=_CLASSES_HELP)
+    validation_fraction: float = Field(
+        default=0.2, ge=0, lt=1, description="of each class of a domain, unless it has a validation part; our choice"
+    )
+    test_fraction: float = Field(
+        default=0.2, ge=0, lt=1, description="of each class of a domain, unless it has a test part; our choice"
+    )
+    split_seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the drawn splits; our choice")
+    transforms: Transforms = Field(default="backbone", description=_TRANSFORMS_HELP)
+    augment: bool = Field(default=True, description=_AUGMENT_HELP)
+
+    @model_validator(mode="after")
+    def _possible(self) -> DomainFolderStreamConfig:
+        problems = _fraction_problems(self.validation_fraction, self.test_fraction)
+        order = self.domain_order or []
+        repeated = sorted({d for d in order if order.count(d) > 1})
+        if repeated:
+            problems.append(("domain_order", f"the domains {repeated} are repeated", "every domain once"))
         reject(problems)
         return self
 
 
 class AvalancheStreamConfig(Section):
-    """One of Avalanche's classic benchmarks, passed through untouched."""
+    """One of Avalanche's classic benchmarks."""
 
     name: Literal["avalanche"] = Field(description="a classic benchmark of Avalanche")
     benchmark: str = Field(min_length=1, description="its class name, for example SplitMNIST")
@@ -149,9 +197,19 @@ class AvalancheStreamConfig(Section):
         default="backbone", description=f"{_TRANSFORMS_HELP}; own = the benchmark's"
     )
     augment: bool = Field(default=True, description=_AUGMENT_HELP)
+    validation_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="of each class, held out of the training images; 0 = no validation part"
+    )
+    split_seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the held-out images; our choice")
+    first_experiences: int | None = Field(
+        default=None, ge=1, description="the stream ends after this many experiences; null = all of the benchmark's"
+    )
 
 
-StreamConfig = Annotated[DigitsStreamConfig | FolderStreamConfig | AvalancheStreamConfig, Field(discriminator="name")]
+StreamConfig = Annotated[
+    DigitsStreamConfig | FolderStreamConfig | AvalancheStreamConfig | DomainFolderStreamConfig,
+    Field(discriminator="name"),
+]
 
 
 class OptimizerConfig(Section):
@@ -241,6 +299,8 @@ class EvaluationConfig(Section):
     forgetting: Literal["max_seen", "diag", "max_all"] = Field(
         default="max_seen", description="reference of forgetting/average, see avalanche_firn.evaluation.forgetting"
     )
+    probes: list[ProbeConfig] = Field(default_factory=list, description="judge the representation by adaptation")
+    drift: DriftConfig | None = Field(default=None, description="measure how far the representation moves")
 
 
 class CheckpointConfig(Section):

@@ -11,7 +11,7 @@ import pytest
 from avalanche_firn.experiments.cli import main
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError, describe, known_keys, nearest
-from avalanche_firn.experiments.recipe import copy_recipe, dump, list_recipes, load_recipe, parse
+from avalanche_firn.experiments.recipe import copy_recipe, dump, list_recipes, load_recipe, parse, read_recipe
 
 SHIPPED = [recipe.name for recipe in list_recipes()]
 
@@ -20,6 +20,51 @@ SHIPPED = [recipe.name for recipe in list_recipes()]
 def test_shipped_recipes_are_valid_and_described(name: str) -> None:
     config = load_recipe(name)
     assert config.name == name and config.description
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_train_two_steps_without_their_data(name: str, capsys) -> None:
+    """Small batches: at 224 pixels a ResNet-50 takes half a second for one image."""
+    batch = f"training.batch_size={1 if name == 'lp_ft_regions' else 2}"
+    assert main(["check", name, "--dry-run", "--no-data", batch, "threads=1", "device=cpu"]) == 0
+    told = capsys.readouterr().out
+    config = load_recipe(name)
+    for method in config.methods:
+        assert f"{method.name}: " in told
+    assert "images not read" in told and f"backbone  {config.backbone.name} (weights not read)" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "images"),
+    [
+        ("lp_ft_seq_cifar10", (2,) * 5, (3, 32, 32)),
+        ("lp_ft_seq_cifar100", (5,) * 20, (3, 32, 32)),
+        ("lp_ft_seq_tiny_imagenet", (5,) * 20, (3, 64, 64)),
+        ("lp_ft_regions", (62,) * 5, (3, 224, 224)),
+    ],
+)
+def test_lp_ft_recipes_have_the_tasks_of_the_public_code(name: str, sizes: tuple, images: tuple) -> None:
+    from avalanche_firn.experiments.dry_run import _shape
+    from avalanche_firn.experiments.resources import build_backbone
+    from avalanche_firn.experiments.task_plan import plan_tasks
+
+    config = load_recipe(name, ["backbone.pretrained=false", "backbone.weights=null"])
+    plan = plan_tasks(config.stream)
+    assert plan.sizes == sizes and plan.repeats is (name == "lp_ft_regions")
+    assert _shape(config, build_backbone(config)) == images
+
+
+def test_lp_ft_recipes_say_where_every_value_comes_from() -> None:
+    """Every line with a value has a comment; those of the header and lines that open a section aside."""
+    free = {"name", "description", "benchmark", "root", "strategy", "streams", "split", "eval_batch_size", "adapt"}
+    for name in SHIPPED:
+        if not name.startswith("lp_ft"):
+            continue
+        for line in read_recipe(name).splitlines():
+            key, _, value = line.strip().removeprefix("- ").partition(":")
+            if line.startswith("#") or not value.strip() or key in free:
+                continue
+            assert " # " in line, f"{name}: {line}"
 
 
 def test_every_key_is_described() -> None:

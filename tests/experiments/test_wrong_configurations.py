@@ -70,6 +70,32 @@ WRONG = {
     "unknown stream": (["stream.name=digit"], ["stream.name", "did you mean digits?", "folder, avalanche"]),
     "weights and random": (["backbone={pretrained: false, weights: a.safetensors}"], ["backbone.pretrained", "a file"]),
     "value in place of a section": (["training.epochs.x=3"], ["training.epochs.x", "unknown key"]),
+    "unknown adaptation": (
+        ["evaluation.probes=[{adapt: [knn, finetune]}]"],
+        ["evaluation.probes[0].adapt[1]", "'finetune'", "did you mean fine_tune?"],
+    ),
+    "adaptation twice": (["evaluation.probes=[{adapt: [knn, knn]}]"], ["evaluation.probes[0].adapt", "repeated"]),
+    "no shots": (["evaluation.probes=[{shots: 0}]"], ["evaluation.probes[0].shots", "at least 1"]),
+    "tasks to come without task identity": (
+        ["evaluation.probes=[{tasks: all, task_aware: false}]"],
+        ["evaluation.probes[0].tasks", "task_aware: false"],
+    ),
+    "key of a probe": (["evaluation.probes=[{shot: 5}]"], ["evaluation.probes[0].shot", "unknown key"]),
+    "fresh views of a closed form": (
+        ["methods=[{strategy: lp_ft, linear_probe: {lp_views: fresh}}]"],
+        ["methods[0].linear_probe.lp_views", "fresh with solver lbfgs", "solver: sgd"],
+    ),
+    "rows of zeros rescaled": (
+        ["methods=[{strategy: lp_ft, linear_probe: {head_init: zero, rescale_head: true}}]"],
+        ["methods[0].linear_probe.rescale_head", "no spread"],
+    ),
+    "schedule over one optimizer": (
+        [
+            "methods=[{strategy: lp_ft, linear_probe: {reset_momentum: false}}]",
+            "training.schedule={name: cosine}",
+        ],
+        ["methods[0].linear_probe.reset_momentum", "schedule: {name: none}"],
+    ),
     "not an override": (["epochs 3"], ["no recipe", "epochs 3"]),
     "broken YAML": (["seeds=[0,1"], ["not valid YAML"]),
 }
@@ -200,6 +226,7 @@ def test_folder_with_too_few_classes(capsys, tmp_path: Path) -> None:
         (["backbone.name=vit_bsae_patch16_224"], ["backbone", "vit_bsae_patch16_224"]),
         (["backbone.weights=missing.safetensors"], ["backbone", "missing.safetensors"]),
         (["stream={name: avalanche, benchmark: SplitMINST}"], ["stream", "SplitMINST", "SplitMNIST"]),
+        (["evaluation.probes=[{shots: 500}]"], ["evaluation.probes[0]", "shots: got 500", "samples"]),
     ],
 )
 def test_missing_resources(overrides: list[str], expected: list[str], capsys, tmp_path: Path) -> None:
