@@ -155,7 +155,7 @@ class RepresentationProbe(PluginMetric[dict[str, ResultMatrix]]):
         k = "task-dependent" if callable(self.k) else self.k
         rates = "-".join(f"{rate:g}" for rate in self.lr)
         shots = "" if self.shots is None else f"_shots{self.shots}"
-        bank = "" if self.task_aware else "_all-tasks"
+        bank = ("" if self.task_aware else "_all-tasks") + (f"_seed{self.seed}" if self.seed else "")
         tuned = f"_lr{rates}_epochs{self.epochs}"
         penalty = f"_l2-{len(self.l2)}values" if isinstance(self.l2, list) else f"_l2{self.l2 or 0:g}"
         penalty = "" if self.l2 is None else penalty

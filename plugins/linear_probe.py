@@ -16,10 +16,9 @@ data of the experience, 1 / (3 E) of E epochs of fine-tuning, and ``N * d`` floa
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
@@ -35,18 +34,21 @@ from avalanche_firn.models.linear_rows import linear_rows
 from avalanche_firn.models.parts import BatchNormMode, ModelParts, extract_features, find_parts
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.probe_head import (
+    ParameterFilter,
     ProbeReport,
     Scope,
     Solver,
     batch_statistics_loss,
     describe_probe,
+    not_linear,
+    parameter_filter,
+    task_label_of,
     write_probe,
 )
 from avalanche_firn.plugins.random_state import private_random_state
 
 HeadInit = Literal["keep", "reset", "zero"]
 FineTuneMode = Literal["auto", "train", "eval"]
-ParameterFilter = Callable[[str, nn.Parameter], bool]
 
 
 class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
@@ -162,7 +164,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         self.reset_momentum = reset_momentum
         self.normalize = normalize
         self.rescale_head = rescale_head
-        self.backbone = _parameter_filter(backbone)
+        self.backbone = parameter_filter(backbone)
         self.enabled = enabled
         self.val_fraction = val_fraction
         self.max_iter = max_iter
@@ -184,7 +186,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Find the classifier before any work is done, and see that the solver can write it."""
         parts = find_parts(strategy.model, self.head)
-        if self.solver != "sgd" and self.enabled and _not_linear(parts.head):
+        if self.solver != "sgd" and self.enabled and not_linear(parts.head):
             raise ValueError(
                 f"the classifier {parts.head_name!r} is a {type(parts.head).__name__}, which solver {self.solver!r} "
                 "cannot write; a linear classifier, or solver 'sgd', is accepted"
@@ -259,7 +261,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
     def _initialise_head(self, strategy: Any, parts: ModelParts) -> None:
         if self.head_init == "keep":
             return
-        rows = linear_rows(parts.head, task_label=_task_label(strategy.experience))
+        rows = linear_rows(parts.head, task_label=task_label_of(strategy.experience))
         if rows is None:
             raise ValueError(f"head_init is {self.head_init!r}; 'keep' is accepted with a {type(parts.head).__name__}")
         weight, bias = rows.initial(torch.Generator().manual_seed(self._seed(strategy, "head")))
@@ -268,7 +270,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
 
     def _probe(self, strategy: Any, parts: ModelParts) -> None:
         start = time.perf_counter()
-        experience, label = strategy.experience, _task_label(strategy.experience)
+        experience, label = strategy.experience, task_label_of(strategy.experience)
         with private_random_state(self._seed(strategy, "probe")):
             features, targets = self._features(strategy, parts)
             l2 = write_probe(
@@ -346,28 +348,6 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         self._probed, self._lrs, self._frozen = state["probed"], state["lrs"], list(state["frozen"])
         report = state["report"]
         self.report = None if report is None else ProbeReport(**{**report, "classes": tuple(report["classes"])})
-
-
-# --------------------------------------------------------------------- helpers
-def _parameter_filter(given: ParameterFilter | Sequence[str] | None) -> ParameterFilter | None:
-    if given is None or callable(given):
-        return given
-    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-        raise ValueError(f"backbone is {given!r}; None, a function or a list of name patterns is accepted")
-    patterns = list(given)
-    return lambda name, parameter: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _not_linear(head: nn.Module) -> bool:
-    try:
-        return linear_rows(head) is None
-    except ValueError:  # linear, and without a row so far
-        return False
-
-
-def _task_label(experience: Any) -> int:
-    labels = getattr(experience, "task_labels", None) or [0]
-    return int(labels[0])
 
 
 def _resuming(strategy: Any) -> bool:

@@ -6,6 +6,7 @@ classifier written in place, whatever module holds them.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from avalanche_firn.plugins.head_training import head_logits, train_head
 Solver = Literal["lbfgs", "ridge", "sgd"]
 Scope = Literal["current", "all"]
 Rescale = Literal["temperature"] | bool
+ParameterFilter = Callable[[str, nn.Parameter], bool]
 
 
 @dataclass(frozen=True)
@@ -186,4 +188,37 @@ def batch_statistics_loss(model: nn.Module, dataset: Any, *, task_label: int = 0
         return float(F.cross_entropy(head_logits(head, features, task_label).float(), targets))
 
 
-__all__ = ["ProbeReport", "batch_statistics_loss", "describe_probe", "write_probe"]
+def parameter_filter(given: ParameterFilter | Sequence[str] | None) -> ParameterFilter | None:
+    """``(name, parameter) -> bool`` of a function or of name patterns; ValueError for anything else."""
+    if given is None or callable(given):
+        return given
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        raise ValueError(f"backbone is {given!r}; None, a function or a list of name patterns is accepted")
+    patterns = list(given)
+    return lambda name, parameter: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def not_linear(head: nn.Module) -> bool:
+    """Whether a classifier has no rows that a solver could write."""
+    try:
+        return linear_rows(head) is None
+    except ValueError:  # linear, and without a row so far
+        return False
+
+
+def task_label_of(experience: Any) -> int:
+    """Task label of an experience, 0 where there is none."""
+    labels = getattr(experience, "task_labels", None) or [0]
+    return int(labels[0])
+
+
+__all__ = [
+    "ParameterFilter",
+    "ProbeReport",
+    "batch_statistics_loss",
+    "describe_probe",
+    "not_linear",
+    "parameter_filter",
+    "task_label_of",
+    "write_probe",
+]

@@ -6,6 +6,8 @@ import copy
 import warnings
 from types import SimpleNamespace
 
+import matplotlib.figure
+import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import class_incremental_benchmark, nc_benchmark, with_task_labels
@@ -103,3 +105,33 @@ def count(model, experience):
 def tools():
     """Helpers: ``benchmark(generation, sizes)``, ``strategy(metrics, loggers)``, ``count`` and ``Collect``."""
     return SimpleNamespace(benchmark=benchmark, strategy=strategy, count=count, Collect=Collect)
+
+
+# -------------------------------------------------------- the representation probe
+def samples(classes, per_class, seed, dtype=torch.float64):
+    """Clusters whose samples come in a mixed order, ``(n, 6)`` and ``(n,)``."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.repeat(np.asarray(classes), per_class))
+    centres = np.random.default_rng(99).normal(size=(max(classes) + 1, 6))
+    return torch.tensor(centres[y] + 0.9 * rng.normal(size=(len(y), 6)), dtype=dtype), y
+
+
+@pytest.fixture
+def cheap_picture(monkeypatch):
+    """Drawing the matrix takes longer than all else in these tests; one of them does it."""
+    figure = matplotlib.figure.Figure()
+    monkeypatch.setattr("avalanche_firn.evaluation.representation.task_matrix_figure", lambda matrix: figure)
+
+
+@pytest.fixture
+def stream(stream_of):
+    """``stream(sizes, generation, classes, dtype)``: 12 training and 9 test samples of every class."""
+
+    def build(sizes=(2, 2, 2), generation="modern", classes=None, dtype=torch.float64):
+        classes = list(range(sum(sizes))) if classes is None else classes
+        parts = (*samples(classes, 12, 0, dtype), *samples(classes, 9, 1, dtype))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return stream_of(parts[0], parts[1], list(sizes), parts[2], parts[3], generation=generation)
+
+    return build
