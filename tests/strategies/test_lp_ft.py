@@ -245,7 +245,7 @@ def test_exact_probe_of_a_realisable_problem_leaves_the_backbone(stream_of, prob
 
 
 def test_golden_realisable_squares(golden):
-    """The corollary with the golden arrays: from the exact head nothing moves, from the random one the backbone does."""
+    """The corollary with the golden arrays: the exact head moves nothing, the random one moves the backbone."""
     g = {k: torch.from_numpy(v) if v.ndim else v for k, v in golden("lp_ft", "realisable_mse").items()}
     head, bias = fit_least_squares(g["x"] @ g["backbone"].T, g["y"], bias=False)
     torch.testing.assert_close(head, g["head_lp"], rtol=0, atol=1e-9)
