@@ -202,7 +202,7 @@ def build_probes(config: Config, stream: Stream, evaluated: Any, cache: FeatureC
         ConfigError: more shots than a class has images, streams that do not fit together.
     """
     sections = config.evaluation.probes
-    probes = []
+    probes: list[RepresentationProbe] = []
     for i, section in enumerate(sections):
         others = {adaptation for j, other in enumerate(sections) if j != i for adaptation in other.adapt}
         with _as_config_error(f"evaluation.probes[{i}]"):
