@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,20 +17,16 @@ from avalanche.benchmarks import CLExperience, CLStream
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.models import MultiTaskModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from avalanche_firn.models.parts import ModelParts, extract_features, find_parts
+from avalanche_firn.evaluation.block_outputs import block_names, recorded_blocks
+from avalanche_firn.models.parts import extract_features, find_parts
 from avalanche_firn.plugins.random_state import private_random_state
 
 Emitted = list[MetricValue] | None
 
 AGAINST = ("initial", "previous")
-_CONTAINERS = (
-    "blocks",
-    "stages",
-    "layers",
-)  # timm's names for the sequence of blocks; ResNets have layer1, layer2, ...
 
 
 # -------------------------------------------------------------------- functions
@@ -257,8 +251,8 @@ class RepresentationDrift(PluginMetric[dict[str, float]]):
         parameters = {n: p for n, p in parts.backbone_parameters() if p.is_floating_point()}
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         data = TensorDataset(self.images.to(dtype), torch.zeros(len(self.images), dtype=torch.long))
-        names = _block_names(parts, self.blocks)
-        with private_random_state(), _recorded(model, names) as outputs:
+        names = block_names(parts, self.blocks)
+        with private_random_state(), recorded_blocks(model, names) as outputs:
             features, _ = extract_features(
                 model, data, batch_size=self.batch_size, device=strategy.device, head_name=parts.head_name
             )
@@ -329,87 +323,6 @@ def _fixed_images(images: Any, num_images: int, seed: int) -> tuple[list[int], T
 
 def _evaluated(dataset: Any) -> Any:
     return dataset.eval() if callable(getattr(dataset, "eval", None)) else dataset
-
-
-def _block_names(parts: ModelParts, blocks: Sequence[str] | str | None) -> dict[str, str]:
-    """Name of a block in the tags -> its name in the model."""
-    if blocks is None:
-        return {}
-    modules = {n: m for n, m in parts.model.named_modules() if n and not parts.is_head(f"{n}.")}
-    if blocks == "all":
-        return _all_blocks(parts.model, modules)
-    found = {}
-    for name in blocks:
-        matches = [name] if name in modules else [n for n in modules if n.endswith(f".{name}")]
-        if len(matches) != 1:
-            which = f"could be any of {matches}" if matches else "was not found"
-            top = [n for n, _ in parts.model.named_children()]
-            raise ValueError(f"blocks: {name!r} {which} in {type(parts.model).__name__}; top level: {top}")
-        found[name] = matches[0]
-    return found
-
-
-def _all_blocks(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    groups: dict[str, list[str]] = {}
-    for name, module in modules.items():
-        above, _, leaf = name.rpartition(".")
-        if not isinstance(module, (nn.Sequential, nn.ModuleList)) or not len(module):
-            continue
-        if leaf in _CONTAINERS:
-            children = [f"{name}.{child}" for child, _ in module.named_children()]
-            groups[name] = [child for child in children if child in modules]  # not the classifier
-        elif re.fullmatch(r"layer\d+", leaf):
-            groups.setdefault(f"{above}.layer", []).append(name)
-    if not groups:
-        raise ValueError(
-            f"blocks: 'all' finds no module list named {', '.join(_CONTAINERS)} or layer1, layer2, ... in "
-            f"{type(model).__name__}; name the modules: blocks=[...], one of {[n for n, _ in model.named_children()]}"
-        )
-
-    def size(names: list[str]) -> int:
-        return sum(p.numel() for name in names for p in modules[name].parameters())
-
-    place, names = max(groups.items(), key=lambda group: size(group[1]))  # the first of equals is the outermost
-    above = place.rpartition(".")[0]
-    return {name[len(above) + 1 :] if above else name: name for name in names}
-
-
-@contextmanager
-def _recorded(model: nn.Module, names: Mapping[str, str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Pooled outputs (B, d) of modules, one per forward pass of the model and block (the last call counts)."""
-    outputs: dict[str, list[Tensor]] = {block: [] for block in names}
-    last: dict[str, Tensor] = {}
-    formats = {str(m.output_fmt) for m in model.modules() if hasattr(m, "output_fmt")}
-    channels_last = any(text.endswith("NHWC") for text in formats)
-
-    def keep(block: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            last[block] = _pooled(output, block, channels_last)
-
-        return hook
-
-    def store(module: nn.Module, args: Any, output: Any) -> None:
-        if absent := [block for block in names if block not in last]:
-            raise ValueError(f"blocks: {absent} take no part in the forward pass of {type(model).__name__}")
-        for block in names:
-            outputs[block].append(last.pop(block))
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(block)) for block, name in names.items()]
-    handles.append(model.register_forward_hook(store))
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pooled(output: Any, block: str, channels_last: bool) -> Tensor:
-    axes = {2: (), 3: (1,), 4: (1, 2) if channels_last else (2, 3)}
-    if not isinstance(output, Tensor) or output.ndim not in axes:
-        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"blocks: {block!r} gives {kind}; accepted are (B, d), (B, N, d) and (B, C, H, W)")
-    output = output.detach().to(torch.float32, copy=True)  # a later layer may write into it
-    return output.mean(axes[output.ndim]) if axes[output.ndim] else output
 
 
 __all__ = ["RepresentationDrift", "linear_cka", "weight_distance"]
