@@ -209,9 +209,13 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         parts = find_parts(strategy.model, self.head)
         if not _resuming(strategy):  # else all that follows is restored: no need to solve it again
             self._frozen = self._freeze(parts)
-            self._initialise_head(strategy, parts)
-            if self._probed:
-                self._probe(strategy, parts)
+            try:
+                self._initialise_head(strategy, parts)
+                if self._probed:
+                    self._probe(strategy, parts)
+            except BaseException:
+                self._thaw(strategy.model)
+                raise
         else:
             self._freeze(parts)
         if not self._probed:
@@ -236,10 +240,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         for module, mode in (self._modes or {}).items():
             module.training = mode
         self._modes = None
-        parameters = dict(strategy.model.named_parameters())
-        for name in self._frozen:
-            parameters[name].requires_grad_(True)
-        self._frozen = []
+        self._thaw(strategy.model)
         if self._lrs is not None:
             for group, rate in zip(strategy.optimizer.param_groups, self._lrs, strict=False):
                 group["lr"] = rate
@@ -257,6 +258,14 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         for name in frozen:
             parameters[name].requires_grad_(False)
         return frozen
+
+    def _thaw(self, model: nn.Module) -> None:
+        """Make trainable again what the filter froze, as far as it is still part of the model."""
+        parameters = dict(model.named_parameters())
+        for name in self._frozen:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        self._frozen = []
 
     def _initialise_head(self, strategy: Any, parts: ModelParts) -> None:
         if self.head_init == "keep":

@@ -164,7 +164,7 @@ def test_an_error_in_the_probe_leaves_modes_and_generators(benchmark_of, monkeyp
 
     monkeypatch.setattr(linear_probe, "write_probe", broken)
     model = Net()
-    strategy = naive(model, LinearProbePlugin(lp_first=True))
+    strategy = naive(model, LinearProbePlugin(lp_first=True, backbone=["backbone.layers.4.*"]))
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="solver broke"):
