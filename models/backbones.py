@@ -25,7 +25,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from avalanche_firn.models import resnet_firn, vit_firn  # registers our architectures with timm
+from avalanche_firn.models import convnets, resnet_firn, vit_firn  # registers our architectures with timm
 
 __all__ = ["Backbone", "WeightsError", "list_backbones", "load_backbone", "renew_final_norm", "state_sha256"]
 
@@ -59,7 +59,7 @@ class Backbone:
 
 def list_backbones() -> list[str]:
     """Names of the architectures that this package adds to timm, with the tag where weights are shipped."""
-    ours = {**resnet_firn.default_cfgs, **vit_firn.default_cfgs}
+    ours = {**convnets.default_cfgs, **resnet_firn.default_cfgs, **vit_firn.default_cfgs}
     return sorted(f"{name}.{tag}" if tag else name for name, cfgs in ours.items() for tag in cfgs.cfgs)
 
 
