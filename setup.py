@@ -25,6 +25,7 @@ setup(
     },
     install_requires=[
         "avalanche-lib>=0.6,<0.7",
+        "kornia>=0.7.3",
         "matplotlib>=3.7",
         "numpy>=1.24",
         "pydantic>=2.6",

@@ -293,6 +293,13 @@ def eager_stream(name: str, datasets: Sequence[Any]) -> EagerCLStream:
     return with_task_labels(stream) if all(hasattr(data, "targets_task_labels") for data in datasets) else stream
 
 
+def full_stream(experience: Any) -> Any:
+    """The whole stream of an experience; the first benchmark generation hands out slices as origin streams."""
+    stream = experience.origin_stream
+    streams = getattr(getattr(experience, "benchmark", None), "streams", {})
+    return streams.get(stream.name, stream)
+
+
 class Digest:
     """SHA-256 over a sequence of named parts; lengths are hashed too, so that parts cannot run into each other."""
 
@@ -335,6 +342,7 @@ __all__ = [
     "build_stream",
     "class_order",
     "eager_stream",
+    "full_stream",
     "increment_sizes",
     "resolve_class_order",
     "stratified_split",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from timm.data import create_transform
@@ -21,12 +21,17 @@ from avalanche_firn.benchmarks.streams import StreamError, Transform
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # SLCA code, CIFAR-100
 UCL_MEAN, UCL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)  # CIFAR-10's, for every data set of that code
+CO2L_CIFAR_MEAN, CO2L_CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # Co2L code
+CO2L_TINY_MEAN, CO2L_TINY_STD = (0.4802, 0.4480, 0.3975), (0.2770, 0.2691, 0.2821)  # Co2L code
 _REQUIRED = ("input_size", "interpolation", "mean", "std")
 _OPTIONAL = ("crop_pct", "crop_mode")
 
 
 class TransformPair(NamedTuple):
-    """Transforms for training and for evaluation, each from an RGB PIL image to a float32 tensor (3, H, W)."""
+    """Transforms for training and for evaluation, each from an RGB PIL image to a float32 tensor (3, H, W).
+
+    One preset gives a single grey channel: "co2l_digits".
+    """
 
     train: Transform
     eval: Transform
@@ -75,7 +80,9 @@ def preset_transforms(name: str) -> TransformPair:
     pixels. "ucl_cifar", 32 pixels, and "ucl_tiny", 64 pixels: released code of the protocol on sequential CIFAR-10,
     CIFAR-100 and TinyImageNet (divyam3897/UCL, `augmentations/simsiam_aug.py` with its option `cl_default`; its first
     release has a random resized crop of 20-100 % in place of the padded crop). Images of another size are resized
-    first, bilinearly, which that code doesn't need.
+    first, bilinearly, which that code doesn't need. "co2l_cifar", 32 pixels, "co2l_tiny", 64, and "co2l_digits", 28 and
+    one grey channel in 0..1: released code of Co2L (chaht01/Co2L). These don't augment, training included: views are
+    drawn later, on the device, by `ContrastiveAugmentation`. Other sizes are resized bilinearly.
 
     Raises:
         StreamError: unknown name; the nearest ones are listed.
@@ -142,6 +149,25 @@ def _ucl_tiny() -> TransformPair:
     return _ucl(64, blur=True)
 
 
+def _co2l(size: int, *steps: Any) -> TransformPair:
+    native = transforms.Resize((size, size))
+    fixed = transforms.Compose([native, *steps])
+    return TransformPair(fixed, fixed)
+
+
+def _co2l_cifar() -> TransformPair:
+    return _co2l(32, *_tensor(CO2L_CIFAR_MEAN, CO2L_CIFAR_STD))
+
+
+def _co2l_tiny() -> TransformPair:
+    return _co2l(64, *_tensor(CO2L_TINY_MEAN, CO2L_TINY_STD))
+
+
+def _co2l_digits() -> TransformPair:
+    # exact where the three channels are copies of one grey image, as a run makes them of MNIST
+    return _co2l(28, transforms.Grayscale(), transforms.ToTensor())
+
+
 TRANSFORM_PRESETS: dict[str, Callable[[], TransformPair]] = {
     "slca_cifar": _slca_cifar,
     "slca_imagenet_r": _slca_imagenet_r,
@@ -149,6 +175,17 @@ TRANSFORM_PRESETS: dict[str, Callable[[], TransformPair]] = {
     "slca_cars": _slca_fine_grained,
     "ucl_cifar": _ucl_cifar,
     "ucl_tiny": _ucl_tiny,
+    "co2l_cifar": _co2l_cifar,
+    "co2l_tiny": _co2l_tiny,
+    "co2l_digits": _co2l_digits,
+}
+
+
+# What the images of a preset without augmentation are normalised with, mean and deviation of images in 0..1.
+PRESET_NORMALIZATION: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "co2l_cifar": (CO2L_CIFAR_MEAN, CO2L_CIFAR_STD),
+    "co2l_tiny": (CO2L_TINY_MEAN, CO2L_TINY_STD),
+    "co2l_digits": ((0.0,), (1.0,)),
 }
 
 
@@ -157,4 +194,4 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"; nearest: {', '.join(near)}" if near else f"; accepted: {', '.join(known)}"
 
 
-__all__ = ["TRANSFORM_PRESETS", "TransformPair", "preset_transforms", "timm_transforms"]
+__all__ = ["PRESET_NORMALIZATION", "TRANSFORM_PRESETS", "TransformPair", "preset_transforms", "timm_transforms"]

@@ -7,19 +7,26 @@ answers them like any other wrong configuration.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from avalanche_firn.benchmarks import classic
 from avalanche_firn.benchmarks.digits import digits_stream
 from avalanche_firn.benchmarks.domains import domain_folder_stream
 from avalanche_firn.benchmarks.folder import folder_stream
+from avalanche_firn.benchmarks.rotations import rotation_angles
 from avalanche_firn.benchmarks.streams import Stream
-from avalanche_firn.benchmarks.transforms import TransformPair, preset_transforms, timm_transforms
+from avalanche_firn.benchmarks.transforms import (
+    PRESET_NORMALIZATION,
+    TransformPair,
+    preset_transforms,
+    timm_transforms,
+)
 from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
@@ -43,6 +50,7 @@ __all__ = [
     "evaluated_stream",
     "prepare",
     "refuse_repeated_classes",
+    "stream_normalization",
 ]
 
 
@@ -161,6 +169,8 @@ def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: i
         accepted = inspect.signature(getattr(benchmarks, section.benchmark)).parameters
         if "seed" in accepted and not {"seed", "fixed_class_order"} & set(arguments):
             arguments["seed"] = seed
+        if section.benchmark == "RotatedMNIST" and "n_experiences" in arguments and "rotations_list" not in arguments:
+            arguments["rotations_list"] = rotation_angles(arguments["n_experiences"], arguments.get("seed", seed))
         if pair is not None:
             arguments |= {"train_transform": _RGB(pair.train), "eval_transform": _RGB(pair.eval)}
     return classic.avalanche_stream(
@@ -172,13 +182,21 @@ def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: i
     )
 
 
+def stream_normalization(config: Config, data_config: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation that the images of the stream were normalised with, of images in 0..1."""
+    preset = getattr(config.stream, "transforms", "backbone")
+    return PRESET_NORMALIZATION.get(preset, (data_config["mean"], data_config["std"]))
+
+
 class _RGB:
-    """A transform of RGB images that also takes grey ones."""
+    """A transform of RGB images that also takes grey ones and, from Avalanche's MNIST, tensors (C, H, W) in 0..1."""
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform
 
     def __call__(self, image: Any) -> Any:
+        if isinstance(image, torch.Tensor):
+            image = to_pil_image((image * 255).round().to(torch.uint8) if image.is_floating_point() else image)
         return self.transform(image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image)
 
 

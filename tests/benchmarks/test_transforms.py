@@ -1,6 +1,7 @@
 """Transforms from a data configuration and the papers' presets."""
 
 import pickle
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ from PIL import Image
 from torchvision import transforms
 
 from avalanche_firn.benchmarks.streams import StreamError
-from avalanche_firn.benchmarks.transforms import TRANSFORM_PRESETS, preset_transforms, timm_transforms
+from avalanche_firn.benchmarks.transforms import (
+    PRESET_NORMALIZATION,
+    TRANSFORM_PRESETS,
+    preset_transforms,
+    timm_transforms,
+)
+from avalanche_firn.experiments.sections import Transforms
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -25,6 +32,11 @@ STATISTICS = {"slca_cifar": CIFAR, "slca_imagenet_r": IMAGENET, "slca_cub": IMAG
 
 UCL = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615))
 UCL_SIZES = {"ucl_cifar": 32, "ucl_tiny": 64}
+
+CO2L = {
+    "co2l_cifar": (32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "co2l_tiny": (64, (0.4802, 0.4480, 0.3975), (0.2770, 0.2691, 0.2821)),
+}
 
 
 def picture(width=80, height=60):
@@ -125,6 +137,28 @@ def test_ucl_crop_moves_by_at_most_four_pixels_into_a_black_border():
     assert all(np.ascontiguousarray(v[:, ::-1]).tobytes() in windows for v, m in zip(views, mirrored, strict=True) if m)
 
 
+@pytest.mark.parametrize("name", CO2L)
+def test_co2l_presets_normalise_and_nothing_else(name):
+    size, *statistics = CO2L[name]
+    pair, image = preset_transforms(name), picture(size, size)
+    torch.testing.assert_close(pair.eval(image).double(), normalised(image, *statistics), rtol=0, atol=1e-6)
+    assert torch.equal(pair.train(image), pair.eval(image))
+    resized = image.resize((80, 60)).resize((size, size), Image.Resampling.BILINEAR)
+    expected = normalised(resized, *statistics)
+    torch.testing.assert_close(pair.train(image.resize((80, 60))).double(), expected, rtol=0, atol=1e-6)
+    assert pickle.loads(pickle.dumps(pair)).eval(image).equal(pair.eval(image))
+    assert tuple(map(tuple, PRESET_NORMALIZATION[name])) == tuple(statistics)
+
+
+def test_co2l_digits_are_one_grey_channel():
+    pair, grey = preset_transforms("co2l_digits"), picture(28, 28).convert("L")
+    expected = torch.from_numpy(np.array(grey)).float()[None] / 255
+    for image in (grey, grey.convert("RGB")):  # a run makes MNIST RGB first, and nothing is lost on the way
+        assert torch.equal(pair.train(image), expected) and torch.equal(pair.eval(image), expected)
+    assert pair.eval(picture()).shape == (1, 28, 28)
+    assert PRESET_NORMALIZATION["co2l_digits"] == ((0.0,), (1.0,))
+
+
 def test_timm_transforms_follow_the_configuration():
     pair = timm_transforms(CONFIG, scale=(0.5, 1.0), hflip=0.0, color_jitter=0.0)
     image = picture(40, 40)
@@ -160,4 +194,5 @@ def test_refuses():
         timm_transforms(CONFIG, augment=False, hflip=0.1)
     with pytest.raises(StreamError, match="'slca_cifr' is unknown; nearest: slca_cifar"):
         preset_transforms("slca_cifr")
-    assert set(TRANSFORM_PRESETS) == set(STATISTICS) | set(UCL_SIZES)
+    assert set(TRANSFORM_PRESETS) == {*STATISTICS, *UCL_SIZES, *CO2L, "co2l_digits"}
+    assert set(TRANSFORM_PRESETS) < set(get_args(Transforms))  # what a recipe may name
