@@ -83,7 +83,8 @@ class Efficiency(PluginMetric[dict[str, float]]):
         super().__init__()
         self._epoch, self._train = _Stopwatch(), _Stopwatch()
         self._paused: list[_Stopwatch] = []
-        self._images = 0
+        self._images = 0  # of the epoch
+        self._all_images = 0
         self._peak = 0.0
         self._parameters = 0
         self._device = torch.device("cpu")
@@ -93,7 +94,12 @@ class Efficiency(PluginMetric[dict[str, float]]):
         return "Efficiency"
 
     def result(self) -> dict[str, float]:
-        return {"seconds": self._train.read(), "peak-memory-MiB": self._peak, "trainable-parameters": self._parameters}
+        return {
+            "seconds": self._train.read(),
+            "images": self._all_images,
+            "peak-memory-MiB": self._peak,
+            "trainable-parameters": self._parameters,
+        }
 
     def reset(self) -> None:
         """Nothing to do between experiences: cost adds up over the run."""
@@ -123,7 +129,9 @@ class Efficiency(PluginMetric[dict[str, float]]):
         return None
 
     def after_training_iteration(self, strategy: Any) -> Emitted:
-        self._images += int(strategy.mb_y.shape[0])
+        size = int(strategy.mb_y.shape[0])
+        self._images += size
+        self._all_images += size
         return None
 
     def after_training_epoch(self, strategy: Any) -> Emitted:
@@ -164,6 +172,7 @@ class Efficiency(PluginMetric[dict[str, float]]):
             "epoch_seconds": self._epoch.read(),
             "train_seconds": self._train.read(),
             "images": self._images,
+            "all_images": self._all_images,
             "parameters": self._parameters,
             "peak_mib": max(self._peak, now or 0.0),
         }
@@ -175,5 +184,6 @@ class Efficiency(PluginMetric[dict[str, float]]):
             watch.seconds = float(state[name])
             if running:
                 watch.start()
-        self._images, self._parameters = int(state["images"]), int(state["parameters"])
+        self._images, self._all_images = int(state["images"]), int(state["all_images"])
+        self._parameters = int(state["parameters"])
         self._peak = float(state["peak_mib"])

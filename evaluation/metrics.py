@@ -131,11 +131,15 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         if not isinstance(output, Tensor) or output.ndim != 2:
             kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"mb_output: got {kind}; accepted are logits of shape (B, max class id + 1)")
-        top, predicted = output.max(1)  # the maximum of a row with a NaN is NaN
-        hits = ((predicted == target) & ~top.isnan()).sum()
+        hits = self._hits(output, target).sum()
         self._correct = hits if self._correct is None else self._correct + hits
         self._total += int(target.shape[0])
         return None
+
+    def _hits(self, output: Tensor, target: Tensor) -> Tensor:
+        """(B,) bool: which rows of the logits (B, C) are right for the class ids (B,)."""
+        top, predicted = output.max(1)  # the maximum of a row with a NaN is NaN
+        return (predicted == target) & ~top.isnan()
 
     def after_eval_exp(self, strategy: Any) -> Emitted:
         experience = strategy.experience
