@@ -1,6 +1,8 @@
-"""Backbones (timm), heads, how a model splits into the two, and linear probes on features."""
+"""Backbones (timm), heads, a projector, how a model splits into the two, and linear probes on features."""
 
 from avalanche_firn.models.backbones import Backbone, WeightsError, list_backbones, load_backbone, renew_final_norm
+from avalanche_firn.models.contrastive import ContrastiveClassifier, with_projection_head
+from avalanche_firn.models.convnets import DigitConvNet, ProjectionHead
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.linear_probe import fit_linear_probe
@@ -16,10 +18,13 @@ from avalanche_firn.models.parts import (
 
 __all__ = [
     "Backbone",
+    "ContrastiveClassifier",
+    "DigitConvNet",
     "FeatureCache",
     "FeatureClassifier",
     "LinearRows",
     "ModelParts",
+    "ProjectionHead",
     "TaskwiseLinearHead",
     "WeightsError",
     "evaluation_mode",
@@ -30,5 +35,6 @@ __all__ = [
     "list_backbones",
     "load_backbone",
     "renew_final_norm",
+    "with_projection_head",
     "with_taskwise_head",
 ]

@@ -211,6 +211,11 @@ def extract_features(
             model.train(bn == "train")
             for batch in loader:
                 _forward(model, batch, device)
+                if not captured:
+                    raise ValueError(
+                        f"{type(model).__name__} doesn't call its classifier {parts.head_name!r} with bn={bn!r}, in "
+                        "training mode; 'eval' or 'refresh' is accepted"
+                    )
                 features.append(captured.pop())
                 captured.clear()  # a model may call its classifier more than once; the last call is the answer
                 targets.append(batch[1].to(device, non_blocking=True))

@@ -9,27 +9,43 @@ from avalanche_firn.plugins.classifier_alignment import (
     mean_scale,
     symmetric_cross_entropy,
 )
+from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
+from avalanche_firn.plugins.contrastive_distillation import (
+    ContrastiveDistillationPlugin,
+    asymmetric_supcon,
+    distillation_coefficient,
+    relation_distillation,
+)
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.losses import LocalCrossEntropy, local_cross_entropy
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
+from avalanche_firn.plugins.rehearsal import RehearsalPlugin
 from avalanche_firn.plugins.schedules import cosine, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
 
 __all__ = [
     "ClassGaussians",
     "ClassifierAlignmentPlugin",
+    "ClassifierStagePlugin",
+    "ContrastiveDistillationPlugin",
     "ExactCheckpointPlugin",
     "FreshOptimizerPlugin",
     "LinearProbePlugin",
     "LocalCrossEntropy",
     "MixedPrecisionPlugin",
+    "RehearsalPlugin",
     "SlowLearnerPlugin",
+    "WarmupCosinePlugin",
     "align_classifier",
+    "asymmetric_supcon",
     "cosine",
+    "distillation_coefficient",
     "local_cross_entropy",
     "logit_normalized_cross_entropy",
     "mean_scale",
     "multistep",
+    "relation_distillation",
     "symmetric_cross_entropy",
 ]
