@@ -14,6 +14,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from avalanche_firn.experiments.contrastive_sections import (
+    AugmentationConfig,
+    ClassifierStageConfig,
+    CoefficientConfig,
+    ContrastiveConfig,
+    RateScheduleConfig,
+    RehearsalConfig,
+)
 from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
 from avalanche_firn.experiments.probe_sections import LinearProbeStageConfig
 from avalanche_firn.experiments.sections import (
@@ -29,12 +37,15 @@ from avalanche_firn.experiments.sections import (
 
 __all__ = [
     "AlignmentConfig",
+    "CILAConfig",
+    "Co2LConfig",
     "Config",
     "JointConfig",
     "LPFTConfig",
     "LinearProbeConfig",
     "MethodConfig",
     "NaiveConfig",
+    "ReplayConfig",
     "SLCAConfig",
     "SlowLearnerConfig",
     "validate",
@@ -56,6 +67,10 @@ class _Method(Section):
         description="unique label: folder and table row. Default: the strategy's name",
     )
     training: TrainingOverride = Field(default_factory=TrainingOverride, description="where it differs from training")
+
+    def brief(self) -> _Method:
+        """The method with one epoch in each of its phases, for a dry run."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"epochs": 1, "schedule": None})})
 
 
 class NaiveConfig(_Method):
@@ -123,8 +138,53 @@ class LPFTConfig(_Method):
     )
 
 
+class ReplayConfig(_Method):
+    """Experience replay: as naive, and every batch is joined by as many stored images."""
+
+    strategy: Literal["replay"] = Field(description="naive fine-tuning with stored images in every batch")
+    rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig, description="the buffer")
+
+
+class _ContrastiveMethod(_Method):
+    """What Co2L and CILA share."""
+
+    contrastive: ContrastiveConfig = Field(default_factory=ContrastiveConfig, description="the losses")
+    rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig, description="the buffer")
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig, description="views")
+    rates: RateScheduleConfig = Field(default_factory=RateScheduleConfig, description="epochs and rates")
+    classifier: ClassifierStageConfig = Field(default_factory=ClassifierStageConfig, description="the second stage")
+
+    def brief(self) -> _ContrastiveMethod:
+        """One epoch per experience, without warm-up, and one of the classifier."""
+        rates = self.rates.model_copy(update={"first_epochs": None, "warmup_epochs": 0})
+        classifier = self.classifier.model_copy(update={"epochs": 1, "milestones": None})
+        return super().brief().model_copy(update={"rates": rates, "classifier": classifier})  # type: ignore[return-value]
+
+
+class Co2LConfig(_ContrastiveMethod):
+    """Co2L: asymmetric supervised contrastive loss and distillation of the similarities in a batch."""
+
+    strategy: Literal["co2l"] = Field(description="contrastive learning with distillation, constant weight")
+    distillation_weight: float = Field(default=1.0, ge=0, description="of the distillation; the Co2L code")
+
+
+class CILAConfig(_ContrastiveMethod):
+    """CILA: Co2L with a weight of the distillation that follows the losses of the tasks before."""
+
+    strategy: Literal["cila"] = Field(description="Co2L with an adaptive weight of the distillation")
+    coefficient: CoefficientConfig = Field(default_factory=CoefficientConfig, description="the adaptive weight")
+
+
 MethodConfig = Annotated[
-    NaiveConfig | LinearProbeConfig | SlowLearnerConfig | SLCAConfig | LPFTConfig | JointConfig,
+    NaiveConfig
+    | LinearProbeConfig
+    | SlowLearnerConfig
+    | SLCAConfig
+    | LPFTConfig
+    | ReplayConfig
+    | Co2LConfig
+    | CILAConfig
+    | JointConfig,
     Field(discriminator="strategy"),
 ]
 
@@ -201,10 +261,36 @@ class Config(Section):
                 reason = "false carries one optimizer over all tasks, and a schedule begins anew in each"
                 path = f"methods[{i}].linear_probe.reset_momentum"
                 problems.append((path, reason, "true, or schedule: {name: none}"))
+            if isinstance(method, (Co2LConfig, CILAConfig)):
+                problems += self._contrastive_problems(i, method)
         if self.precision == "fp16" and self.device == "cpu":
             problems.append(("precision", "fp16 needs a CUDA device", "fp32 or bf16 with device: cpu"))
         reject(problems)
         return self
+
+    def _contrastive_problems(self, i: int, method: Co2LConfig | CILAConfig) -> list[tuple[str, str, str]]:
+        """Where a contrastive method does not fit the shared sections."""
+        problems = []
+        name, training = method.strategy, self.training_of(method)
+        if training.schedule.name != "none":
+            reason = f"{name} has its own schedule, and training asks for {training.schedule.name}"
+            problems.append((f"methods[{i}].training.schedule", reason, "{name: none}"))
+        transforms = getattr(self.stream, "transforms", "backbone")
+        if transforms not in ("backbone", "co2l_cifar", "co2l_tiny", "co2l_digits"):
+            reason = f"{transforms} with {name}, which draws its views on the device"
+            problems.append(("stream.transforms", reason, "backbone with augment: false, or co2l_..."))
+        elif transforms == "backbone" and getattr(self.stream, "augment", False):
+            reason = f"true with {name}, which draws its views on the device"
+            problems.append(("stream.augment", reason, "false"))
+        rates = method.rates
+        warm = training.batch_size > 256 if rates.warmup is None else rates.warmup
+        fewest = min(training.epochs, rates.first_epochs or training.epochs)
+        if warm and rates.warmup_epochs >= fewest:
+            path = f"methods[{i}].rates.warmup_epochs"
+            problems.append(
+                (path, f"{rates.warmup_epochs} with {fewest} epochs", f"0 to {fewest - 1}, or warmup: false")
+            )
+        return problems
 
     def training_of(self, method: _Method) -> TrainingConfig:
         """`training` with the method's own values on top."""

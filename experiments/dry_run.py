@@ -23,7 +23,7 @@ from avalanche_firn.benchmarks.transforms import TRANSFORM_PRESETS, preset_trans
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
-from avalanche_firn.experiments.resources import build_backbone, refuse_repeated_classes
+from avalanche_firn.experiments.resources import build_backbone, refuse_repeated_classes, stream_normalization
 from avalanche_firn.experiments.resources import build_stream as build_real_stream
 from avalanche_firn.experiments.task_plan import TaskPlan, plan_tasks
 from avalanche_firn.models.backbones import Backbone
@@ -100,17 +100,17 @@ def dry_run(config: Config, *, data: bool = True) -> Iterator[str]:
     for method in config.methods:
         seed_everything(config.seeds[0])
         single = config.single(method.name, config.seeds[0])
-        short = method.training.model_copy(update={"epochs": 1, "schedule": None})
-        training = single.training_of(method).model_dump() | {"epochs": 1, "schedule": {}}
+        training = single.training_of(method).model_dump() | {"epochs": 1, "schedule": {}, "num_workers": 0}
         single = type(config).model_validate(
-            single.model_dump()
-            | {"training": training, "methods": [method.model_dump() | {"training": short.model_dump()}]}
+            single.model_dump() | {"training": training, "methods": [method.brief().model_dump()]}
         )
         stream = _random_stream(plan, _shape(config, backbone), single.training.batch_size)
         if METHODS[method.strategy].joint:
             stream = stream.joint()
         evaluator = EvaluationPlugin(loggers=[BaseLogger()])  # one that logs nothing
-        parts = Ingredients(single, build_backbone(config), device, [], evaluator)
+        backbone = build_backbone(config)
+        normalization = stream_normalization(config, backbone.data_config)
+        parts = Ingredients(single, backbone, device, [], evaluator, normalization=normalization)
         strategy = build_strategy(parts)
         start = time.perf_counter()
         for experience in stream.train:

@@ -18,19 +18,27 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation
 from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.contrastive_sections import AugmentationConfig
 from avalanche_firn.experiments.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
 from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.models.contrastive import with_projection_head
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.parts import FeatureClassifier
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
+from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
+from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.losses import LocalCrossEntropy
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
+from avalanche_firn.plugins.rehearsal import RehearsalPlugin
 from avalanche_firn.plugins.schedules import SchedulerFactory, cosine, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
+from avalanche_firn.strategies.cila import CILA
 from avalanche_firn.strategies.lp_ft import LPFT
 from avalanche_firn.strategies.slca import SLCA
 
@@ -47,6 +55,8 @@ class Ingredients:
     plugins: Sequence[SupervisedPlugin]
     evaluator: EvaluationPlugin
     cache: FeatureCache | None = None
+    normalization: tuple[Sequence[float], Sequence[float]] = ((0.5,), (0.5,))
+    """Mean and deviation that the stream's images were normalised with."""
 
     @property
     def method(self) -> Any:
@@ -159,17 +169,73 @@ def _lp_ft(parts: Ingredients) -> SupervisedTemplate:
     )
 
 
+def _replay(parts: Ingredients) -> SupervisedTemplate:
+    rehearsal = RehearsalPlugin(**parts.method.rehearsal.model_dump(), batches="balanced", seed=parts.config.seeds[0])
+    fresh = FreshOptimizerPlugin(scheduler_factory=_schedule(parts))
+    return Naive(
+        **parts.common(parts.model(freeze_old=False)),
+        criterion=nn.CrossEntropyLoss(),
+        plugins=[fresh, rehearsal, *parts.extra_plugins()],
+    )
+
+
+def _contrastive(parts: Ingredients, coefficient: dict[str, Any]) -> SupervisedTemplate:
+    """CILA or Co2L: a network with projector, views drawn on the device."""
+    method, seed = parts.method, parts.config.seeds[0]
+    losses = method.contrastive.model_dump()
+    size, normalize = losses.pop("projection_size"), losses.pop("normalize")
+    model = with_projection_head(parts.model(freeze_old=False), projection_size=size, normalize=normalize)
+    return CILA(
+        **parts.common(model),
+        contrastive=ContrastiveDistillationPlugin(**losses, **coefficient, seed=seed),
+        classifier=ClassifierStagePlugin(
+            **method.classifier.model_dump(), seed=seed, num_workers=parts.training.num_workers
+        ),
+        augmentation=_augmentation(method.augmentation, parts.normalization),
+        **method.rehearsal.model_dump(),
+        rates=WarmupCosinePlugin(**method.rates.model_dump()),
+        seed=seed,
+        plugins=parts.extra_plugins(),
+    )
+
+
+def _augmentation(
+    section: AugmentationConfig, normalization: tuple[Sequence[float], Sequence[float]]
+) -> ContrastiveAugmentation:
+    return ContrastiveAugmentation(
+        crop_scale=(section.crop_scale[0], section.crop_scale[1]),
+        flip=section.flip,
+        jitter=None if section.jitter is None else (*section.jitter,),  # type: ignore[arg-type]
+        jitter_probability=section.jitter_probability,
+        grey=section.grey,
+        blur=(section.blur_kernel, (section.blur_sigma[0], section.blur_sigma[1]), section.blur)
+        if section.blur
+        else None,
+        mean=normalization[0],
+        std=normalization[1],
+    )
+
+
+def _co2l(parts: Ingredients) -> SupervisedTemplate:
+    return _contrastive(parts, {"mode": "constant", "floor": parts.method.distillation_weight})
+
+
+def _cila(parts: Ingredients) -> SupervisedTemplate:
+    return _contrastive(parts, parts.method.coefficient.model_dump())
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of the registry.
 
     `joint`: trained on all classes at once, an upper bound and not continual. `replay`: whether images of earlier
-    experiences are kept.
+    experiences are kept. `contrastive`: trained by the losses of Co2L.
     """
 
     build: Callable[[Ingredients], SupervisedTemplate]
     joint: bool = False
     replay: bool = False
+    contrastive: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -178,6 +244,9 @@ METHODS: dict[str, Method] = {
     "slow_learner": Method(_slow_learner),
     "slca": Method(_slca),
     "lp_ft": Method(_lp_ft),
+    "replay": Method(_replay, replay=True),
+    "co2l": Method(_co2l, replay=True, contrastive=True),
+    "cila": Method(_cila, replay=True, contrastive=True),
     "joint": Method(_naive, joint=True),
 }
 

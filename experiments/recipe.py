@@ -166,6 +166,13 @@ def _select(items: Any, wanted: Any) -> Any:
     return [labelled.get(w, w) if isinstance(w, str) else w for w in wanted]
 
 
+def _unshared(value: Any) -> Any:
+    """The same values with every list and section its own, where YAML's aliases made several places share one."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
 def apply_override(raw: dict[str, Any], text: str) -> None:
     """Change `raw` in place by one ``a.b=value``; the value is YAML, list items go by index or method label.
 
@@ -228,7 +235,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     overrides = list(overrides)
     text = read_recipe(source)
-    raw = parse(text, source=str(source))
+    raw = _unshared(parse(text, source=str(source)))
     label = f"{source}" + (f" with {', '.join(overrides)}" if overrides else "")
     if not isinstance(raw, dict):
         return validate(raw, source=label)

@@ -17,8 +17,14 @@ from avalanche_firn.evaluation.figures import curves_figure, save_figure, task_m
 from avalanche_firn.evaluation.statistics import paired_difference
 from avalanche_firn.evaluation.tensorboard import write_summary
 from avalanche_firn.experiments.errors import ConfigError
+from avalanche_firn.experiments.report_contrastive import (
+    contrastive_curves_drawn,
+    contrastive_facts,
+    contrastive_tables,
+)
 from avalanche_firn.experiments.report_html import html_report
 from avalanche_firn.experiments.report_probes import probe_facts, probe_tables, probe_tags
+from avalanche_firn.experiments.report_task_incremental import task_curves, task_facts, task_tables, task_tags
 from avalanche_firn.experiments.results import FIGURES, Group, find_runs, group_runs
 
 __all__ = ["facts", "mismatches", "report_folders", "text_table", "write_report"]
@@ -28,11 +34,11 @@ _CURVES = (("accuracy/last", "accuracy over all classes seen"), ("accuracy/avera
 
 def _curves(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Tags and captions of what is drawn over the tasks; probes that were measured after every task."""
-    drawn = list(_CURVES)
+    drawn = [*_CURVES, *task_curves(groups)]
     for tag in probe_tags(groups):
         if all(None not in run["curves"].get(tag, [None]) for group in groups for run in group.runs):
             drawn.append((tag, f"mean accuracy over tasks seen after adaptation: {tag.removeprefix('probe/')}"))
-    return drawn
+    return drawn + contrastive_curves_drawn(groups)
 
 
 def label_of(group: Group) -> str:
@@ -50,10 +56,11 @@ def cells(group: Group) -> list[str]:
 
 
 def text_table(groups: Sequence[Group]) -> str:
-    """The table that is printed at the end of a comparison, and below it that of the representations, if probed."""
+    """The table that is printed at the end of a comparison; below it those with the task given and of the probes."""
     heads = ["method", *(head for _, head, *_ in FIGURES)]
     rows = [[label_of(group), *cells(group)] for group in groups]
-    return "\n\n".join([_aligned(heads, rows), *(_aligned(*table[1:]) for table in probe_tables(groups)[:1])])
+    more = [*task_tables(groups), *probe_tables(groups)[:1]]
+    return "\n\n".join([_aligned(heads, rows), *(_aligned(*table[1:]) for table in more)])
 
 
 def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,18 +82,30 @@ def facts(groups: Sequence[Group]) -> list[str]:
     tags = sorted({f"{run['backbone']['tag']} ({run['backbone']['weights']})" for run in runs})
     devices = sorted({run["cost"]["device"] for run in runs})
     interval = "mean ± 95 % interval over seeds (Student t)" if len(seeds) > 1 else "one seed, so no interval"
-    scope = "Apart from the probes no" if probe_tags(groups) else "No"
+    told = {"the probes": probe_tags(groups), "the task-incremental figures": task_tags(groups)}
+    apart = " and ".join(name for name, tags_of in told.items() if tags_of)
+    identity = f"Apart from {apart} no task identity" if apart else "No task identity"
     lines = [
         f"Measured in these runs on the {', '.join(splits)}; {interval}; seeds {', '.join(map(str, seeds))}.",
-        f"Backbone {', '.join(tags)}; device {', '.join(devices)}. {scope} task identity at test time, no replay.",
+        f"Backbone {', '.join(tags)}; device {', '.join(devices)}. {identity} at test time{_replay(groups)}.",
     ]
     diverged = [f"{run['method']} seed {run['seed']}" for run in runs if run["diverged"]]
-    lines += probe_facts(groups)
+    lines += [*task_facts(groups), *probe_facts(groups), *contrastive_facts(groups)]
     cautions = [
         *mismatches(groups),
         *([f"weights became infinite or NaN in {', '.join(diverged)}"] if diverged else []),
     ]
     return lines + [f"CAUTION: {text}" for text in cautions]
+
+
+def _replay(groups: Sequence[Group]) -> str:
+    """Which methods keep samples of the past, and how many where the results say so."""
+    found = []
+    for group in groups:
+        if any(run["protocol"]["replay"] for run in group.runs):
+            slots = sorted({s for run in group.runs if (s := run["protocol"].get("replay_slots")) is not None})
+            found.append(f"{group.label} ({' or '.join(map(str, slots))} samples)" if slots else group.label)
+    return f"; replay in: {', '.join(found)}" if found else ", no replay"
 
 
 def mismatches(groups: Sequence[Group]) -> list[str]:
@@ -147,7 +166,7 @@ def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[list[str]
     if differences:
         heading = ["difference of last accuracy", "percent points", "seeds"]
         found.append(("Paired differences (mean ± 95 % interval over common seeds)", heading, differences))
-    return found + probe_tables(groups)
+    return [*found, *task_tables(groups), *probe_tables(groups), *contrastive_tables(groups)]
 
 
 def _markdown(title: str, groups: Sequence[Group], pictures: Sequence[tuple[str, Path]]) -> str:
@@ -165,6 +184,7 @@ def _markdown(title: str, groups: Sequence[Group], pictures: Sequence[tuple[str,
 def _csv(groups: Sequence[Group]) -> str:
     text = io.StringIO()
     tags = [tag for tag, *_ in FIGURES if tag != "seconds"] + ["transfer/backward", "transfer/forward"]
+    tags += task_tags(groups)
     tags += sorted({tag for group in groups for run in group.runs for tag in run["figures"] if tag[:6] == "probe/"})
     cost = ["seconds", "images_per_second", "peak_memory_MiB", "trainable_parameters"]
     writer = csv.writer(text, lineterminator="\n")

@@ -23,19 +23,32 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_firn.benchmarks.streams import Stream
+from avalanche_firn.evaluation.contrastive_report import ContrastiveBound
 from avalanche_firn.evaluation.drift import RepresentationDrift
 from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.matrix import ResultMatrix
 from avalanche_firn.evaluation.metrics import ResultMatrixMetric, continual_metrics
 from avalanche_firn.evaluation.representation import RepresentationProbe
+from avalanche_firn.evaluation.task_incremental import TASK_PREFIX, TaskIncrementalMatrixMetric
 from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
 from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.contrastive_results import (
+    build_bound,
+    contrastive_bound_results,
+    contrastive_curves,
+)
 from avalanche_firn.experiments.csv_logger import CsvLogger
 from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
 from avalanche_firn.experiments.progress import ProgressPlugin, RunClock, bars_wanted
 from avalanche_firn.experiments.recipe import dump
-from avalanche_firn.experiments.resources import build_backbone, build_probes, build_stream, evaluated_stream
+from avalanche_firn.experiments.resources import (
+    build_backbone,
+    build_probes,
+    build_stream,
+    evaluated_stream,
+    stream_normalization,
+)
 from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
 from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.feature_cache import FeatureCache
@@ -54,7 +67,9 @@ class _Recorder:
     """The metrics of a run and where they are written."""
 
     matrix: ResultMatrixMetric
+    given_task: TaskIncrementalMatrixMetric | None
     probes: list[RepresentationProbe]
+    bound: ContrastiveBound | None
     efficiency: Efficiency
     evaluator: EvaluationPlugin
     board: TensorboardLogger
@@ -68,7 +83,11 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     drift = section.drift
     images = stream.joint().train[0].dataset if drift is not None else None
     extra: list[Any] = [*probes, *([] if drift is None else [RepresentationDrift(images, **drift.model_dump())])]
-    metrics = continual_metrics(streams=[_STREAMS[section.split]], forgetting_kind=section.forgetting)
+    name, kind = _STREAMS[section.split], section.forgetting
+    metrics = continual_metrics(streams=[name], forgetting_kind=kind)
+    given_task = TaskIncrementalMatrixMetric(stream=name, forgetting_kind=kind) if section.task_incremental else None
+    bound = build_bound(config, stream, evaluated)
+    extra += [metric for metric in (given_task, bound) if metric is not None]
     board, table = TensorboardLogger(folder), CsvLogger(folder / _METRICS)
     evaluator = EvaluationPlugin(
         *metrics,
@@ -81,7 +100,7 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     matrix = next(metric for metric in metrics if isinstance(metric, ResultMatrixMetric))
     efficiency = next(metric for metric in metrics if isinstance(metric, Efficiency))
     try:
-        yield _Recorder(matrix, probes, efficiency, evaluator, board, table)
+        yield _Recorder(matrix, given_task, probes, bound, efficiency, evaluator, board, table)
     finally:
         board.writer.close()
         table.close()
@@ -141,7 +160,10 @@ def run(
             plugins = [checkpoint]
             if bars_wanted(config.progress, quiet):
                 plugins.insert(0, ProgressPlugin(label=f"{method.name} seed {seed}", tasks=len(stream.train)))
-            strategy = build_strategy(Ingredients(config, backbone, device, plugins, recorder.evaluator, cache))
+            normalization = stream_normalization(config, backbone.data_config)
+            strategy = build_strategy(
+                Ingredients(config, backbone, device, plugins, recorder.evaluator, cache, normalization)
+            )
             strategy.plugins.insert(0, clock)  # first: what others do before an evaluation counts
             seed_everything(seed)  # again: what loading the backbone drew must not shift the order of the data
             if not resumed:
@@ -150,7 +172,7 @@ def run(
                 if say is not None and not quiet:
                     say(_line(config, recorder.matrix.matrix, stream, index, clock.seconds))
             results = _results(config, stream, backbone, recorder, strategy, clock.seconds)
-            log_hparams(recorder.board.writer, config.identity() | {"seeds": seed}, _logged(recorder.matrix))
+            log_hparams(recorder.board.writer, config.identity() | {"seeds": seed}, _logged(recorder))
         write_json(folder / FILE, results)
     finally:
         checkpoint.close()
@@ -197,9 +219,22 @@ def _line(config: Config, matrix: ResultMatrix, stream: Stream, index: int, seco
     return f"{head}: accuracy {accuracies}; {seconds:.1f} s"
 
 
-def _logged(metric: ResultMatrixMetric) -> list[str]:
+def _logged(recorder: _Recorder) -> list[str]:
     """Tags of the final figures that the run has written, for its row in the hparams table."""
-    return [f"{metric.prefix}{name}" for name, value in metric.matrix.summary().items() if value is not None]
+    metrics = [m for m in (recorder.matrix, recorder.given_task) if m is not None]
+    return [f"{m.prefix}{name}" for m in metrics for name, value in m.matrix.summary().items() if value is not None]
+
+
+def _curves(matrix: ResultMatrix, prefix: str = "") -> dict[str, list[float | None]]:
+    """Every figure after every step."""
+    steps = [matrix.summary(t) for t in range(matrix.shape[0])]
+    return {f"{prefix}{name}": [step[name] for step in steps] for name in steps[-1]}
+
+
+def _matrices(matrix: ResultMatrix) -> dict[str, Any]:
+    """The accuracies per step and task, and the counts that they come from."""
+    accuracy = [[None if math.isnan(v) else v for v in row] for row in matrix.accuracy.tolist()]
+    return {"accuracy_matrix": accuracy, "matrix": matrix.to_dict()}
 
 
 def _results(
@@ -211,10 +246,11 @@ def _results(
     seconds: float,
 ) -> dict[str, Any]:
     method, matrix = config.methods[0], recorder.matrix.matrix
-    steps = [matrix.summary(t) for t in range(matrix.shape[0])]
-    accuracy = [[None if math.isnan(v) else v for v in row] for row in matrix.accuracy.tolist()]
+    given_task = None if recorder.given_task is None else recorder.given_task.matrix
     kind = METHODS[method.strategy]
-    probed = {name: curve for probe in recorder.probes for name, curve in probe.curves().items()}
+    curves: dict[str, Any] = _curves(matrix) | ({} if given_task is None else _curves(given_task, TASK_PREFIX))
+    curves |= {name: curve for probe in recorder.probes for name, curve in probe.curves().items()}
+    curves |= contrastive_curves(strategy, recorder.bound)
     return {
         "format": FORMAT,
         "recipe": config.name,
@@ -232,35 +268,35 @@ def _results(
         },
         "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256},
         "protocol": {
-            "task_identity_at_test": False,
+            "task_identity_at_test": False,  # of the main figures
+            "task_incremental_figures": given_task is not None,
             "replay": kind.replay,
+            "replay_slots": method.rehearsal.mem_size if kind.replay else None,  # type: ignore[union-attr]
             "joint": kind.joint,
             "evaluated": config.evaluation.streams,
             "forgetting": matrix.forgetting_kind,
         },
-        "figures": steps[-1] | {name: curve[-1] for name, curve in probed.items()},
-        "curves": {name: [step[name] for step in steps] for name in steps[-1]} | probed,
-        "accuracy_matrix": accuracy,
-        "matrix": matrix.to_dict(),
+        "figures": {name: curve[-1] for name, curve in curves.items()},
+        "curves": curves,
+        **_matrices(matrix),
+        "task_incremental": None if given_task is None else _matrices(given_task),
         "probes": [
             {"protocol": probe.protocol(), "matrices": {name: m.to_dict() for name, m in probe.matrices.items()}}
             for probe in recorder.probes
         ],
+        "contrastive_bound": None if recorder.bound is None else contrastive_bound_results(recorder.bound),
         "diverged": not all(bool(p.isfinite().all()) for p in strategy.model.parameters()),
-        "cost": _cost(config, stream, recorder.efficiency, strategy, seconds),
+        "cost": _cost(recorder.efficiency, strategy, seconds),
     }
 
 
-def _cost(
-    config: Config, stream: Stream, efficiency: Efficiency, strategy: SupervisedTemplate, seconds: float
-) -> dict[str, Any]:
+def _cost(efficiency: Efficiency, strategy: SupervisedTemplate, seconds: float) -> dict[str, Any]:
     """Cost of the run. Peak memory on a CPU is that of the process, which runs of one comparison share."""
     spent = efficiency.result()
-    images = sum(len(e.dataset) for e in stream.train) * config.training_of(config.methods[0]).epochs
     return {
         "seconds": seconds,
         "training_seconds": spent["seconds"],
-        "images_per_second": images / spent["seconds"] if spent["seconds"] > 0 else None,
+        "images_per_second": spent["images"] / spent["seconds"] if spent["seconds"] > 0 else None,
         "peak_memory_MiB": spent["peak-memory-MiB"],
         "trainable_parameters": int(spent["trainable-parameters"]),
         "device": str(strategy.device),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from avalanche_firn.experiments.contrastive_sections import ContrastiveBoundConfig
 from avalanche_firn.experiments.errors import reject
 from avalanche_firn.experiments.probe_sections import DriftConfig, ProbeConfig
 
@@ -63,10 +64,22 @@ class BackboneConfig(Section):
 ClassId = Annotated[int, Field(ge=0)]
 ClassOrder = Literal["natural", "seeded"] | list[ClassId]
 Tasks = Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]]
-Transforms = Literal["backbone", "slca_cifar", "slca_imagenet_r", "slca_cub", "slca_cars", "ucl_cifar", "ucl_tiny"]
+Transforms = Literal[
+    "backbone",
+    "slca_cifar",
+    "slca_imagenet_r",
+    "slca_cub",
+    "slca_cars",
+    "ucl_cifar",
+    "ucl_tiny",
+    "co2l_cifar",
+    "co2l_tiny",
+    "co2l_digits",
+]
 _TRANSFORMS_HELP = (
     "backbone = from timm's data configuration of the weights; slca_... = the SLCA code's, 224 pixels; ucl_cifar, "
-    "ucl_tiny = the UCL code's, 32 and 64 pixels"
+    "ucl_tiny = the UCL code's, 32 and 64 pixels; co2l_cifar, co2l_tiny, co2l_digits = the Co2L code's, 32, 64 and 28 "
+    "pixels (one grey channel), without augmentation, which follows on the device"
 )
 _AUGMENT_HELP = "with transforms: backbone, random crop, flip and colour jitter while training; timm's ImageNet recipe"
 _TASKS_HELP = "number of experiences (the last takes what remains), or the list of their class counts"
@@ -191,7 +204,8 @@ class AvalancheStreamConfig(Section):
     benchmark: str = Field(min_length=1, description="its class name, for example SplitMNIST")
     arguments: dict[str, Any] = Field(
         default_factory=dict,
-        description="its keyword arguments; without seed or fixed_class_order the run's seed is used",
+        description="its keyword arguments; without seed or fixed_class_order the run's seed is used; RotatedMNIST "
+        "without rotations_list gets angles in [0, 180) degrees from that seed",
     )
     transforms: Transforms | Literal["own"] = Field(
         default="backbone", description=f"{_TRANSFORMS_HELP}; own = the benchmark's"
@@ -299,8 +313,16 @@ class EvaluationConfig(Section):
     forgetting: Literal["max_seen", "diag", "max_all"] = Field(
         default="max_seen", description="reference of forgetting/average, see avalanche_firn.evaluation.forgetting"
     )
+    task_incremental: bool = Field(
+        default=False,
+        description="also task-incremental accuracy: arg-max among the classes of the true task; uses task identity",
+    )
     probes: list[ProbeConfig] = Field(default_factory=list, description="judge the representation by adaptation")
     drift: DriftConfig | None = Field(default=None, description="measure how far the representation moves")
+    contrastive_bound: ContrastiveBoundConfig | None = Field(
+        default=None,
+        description="of contrastive methods, the losses and bounds of CILA's theory on the evaluated images",
+    )
 
 
 class CheckpointConfig(Section):

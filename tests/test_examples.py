@@ -17,6 +17,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("slca.py", ["--as-plugins"], "of all seen digits"),
         ("lp_ft.py", [], "points lost on earlier tasks"),
         ("lp_ft.py", ["--no-probe"], "points lost on earlier tasks"),
+        ("cila.py", [], "certified to lie between"),
+        ("cila.py", ["--constant"], "coefficient 1.000"),
     ],
 )
 def test_example(name, arguments, said, tmp_path):

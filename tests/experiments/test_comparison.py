@@ -111,7 +111,8 @@ def test_layout(finished: Path) -> None:
 def test_results(finished: Path) -> None:
     found = json.loads((finished / "slca" / "seed-0" / "results.json").read_text())
     assert found["protocol"] | {"evaluated": "", "forgetting": ""} == {
-        "task_identity_at_test": False, "replay": False, "joint": False, "evaluated": "", "forgetting": "",
+        "task_identity_at_test": False, "task_incremental_figures": False, "replay": False, "replay_slots": None,
+        "joint": False, "evaluated": "", "forgetting": "",
     }  # fmt: skip
     from avalanche_firn.benchmarks.streams import class_order
 

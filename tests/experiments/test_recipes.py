@@ -24,11 +24,13 @@ def test_shipped_recipes_are_valid_and_described(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_train_two_steps_without_their_data(name: str, capsys) -> None:
-    """Small batches: at 224 pixels a ResNet-50 takes half a second for one image."""
-    batch = f"training.batch_size={1 if name == 'lp_ft_regions' else 2}"
-    assert main(["check", name, "--dry-run", "--no-data", batch, "threads=1", "device=cpu"]) == 0
+    """Small batches: at 224 pixels a ResNet-50 takes half a second for one image, and 64 pixels are slow too."""
+    config, size = load_recipe(name), 1 if name.startswith(("lp_ft_regions", "co2l_seq_tiny")) else 2
+    own = [method.name for method in config.methods if method.training.batch_size is not None]
+    batches = [f"{place}training.batch_size={size}" for place in ("", *(f"methods.{label}." for label in own))]
+    words = [*batches, "training.num_workers=0", "threads=1", "device=cpu"]
+    assert main(["check", name, "--dry-run", "--no-data", *words]) == 0
     told = capsys.readouterr().out
-    config = load_recipe(name)
     for method in config.methods:
         assert f"{method.name}: " in told
     assert "images not read" in told and f"backbone  {config.backbone.name} (weights not read)" in told
@@ -41,30 +43,64 @@ def test_shipped_recipes_train_two_steps_without_their_data(name: str, capsys) -
         ("lp_ft_seq_cifar100", (5,) * 20, (3, 32, 32)),
         ("lp_ft_seq_tiny_imagenet", (5,) * 20, (3, 64, 64)),
         ("lp_ft_regions", (62,) * 5, (3, 224, 224)),
+        ("co2l_seq_cifar10_200", (2,) * 5, (3, 32, 32)),
+        ("co2l_seq_cifar10_500", (2,) * 5, (3, 32, 32)),
+        ("co2l_seq_tiny_imagenet_200", (20,) * 10, (3, 64, 64)),
+        ("co2l_seq_tiny_imagenet_500", (20,) * 10, (3, 64, 64)),
+        ("co2l_rotated_mnist_200", (10,) * 20, (1, 28, 28)),
+        ("co2l_rotated_mnist_500", (10,) * 20, (1, 28, 28)),
     ],
 )
-def test_lp_ft_recipes_have_the_tasks_of_the_public_code(name: str, sizes: tuple, images: tuple) -> None:
+def test_recipes_have_the_tasks_of_the_public_code(name: str, sizes: tuple, images: tuple) -> None:
     from avalanche_firn.experiments.dry_run import _shape
     from avalanche_firn.experiments.resources import build_backbone
     from avalanche_firn.experiments.task_plan import plan_tasks
 
     config = load_recipe(name, ["backbone.pretrained=false", "backbone.weights=null"])
     plan = plan_tasks(config.stream)
-    assert plan.sizes == sizes and plan.repeats is (name == "lp_ft_regions")
+    assert plan.sizes == sizes and plan.repeats is (name == "lp_ft_regions" or "rotated" in name)
     assert _shape(config, build_backbone(config)) == images
 
 
-def test_lp_ft_recipes_say_where_every_value_comes_from() -> None:
+def test_recipes_of_papers_say_where_every_value_comes_from() -> None:
     """Every line with a value has a comment; those of the header and lines that open a section aside."""
     free = {"name", "description", "benchmark", "root", "strategy", "streams", "split", "eval_batch_size", "adapt"}
     for name in SHIPPED:
-        if not name.startswith("lp_ft"):
+        if not name.startswith(("lp_ft", "co2l")):
             continue
         for line in read_recipe(name).splitlines():
             key, _, value = line.strip().removeprefix("- ").partition(":")
             if line.startswith("#") or not value.strip() or key in free:
                 continue
             assert " # " in line, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("name", ["co2l_seq_cifar10", "co2l_seq_tiny_imagenet", "co2l_rotated_mnist"])
+def test_co2l_recipes_differ_in_what_their_names_say(name: str) -> None:
+    """The contrastive methods in the coefficient, the two recipes in the buffer; views are those of the presets."""
+    from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation
+    from avalanche_firn.benchmarks.transforms import PRESET_NORMALIZATION
+    from avalanche_firn.experiments.methods import _augmentation
+
+    plain = []
+    for slots in (200, 500):
+        config = load_recipe(f"{name}_{slots}")
+        co2l, cila, other, replay = (method.model_dump() for method in config.methods)
+        own = {"name", "strategy", "coefficient", "distillation_weight"}
+        assert [{k: v for k, v in m.items() if k not in own} for m in (cila, other)] == [
+            {k: v for k, v in co2l.items() if k not in own}
+        ] * 2
+        assert cila["coefficient"] | {"ratio_scale": "training"} == other["coefficient"] != cila["coefficient"]
+        assert co2l["rehearsal"]["mem_size"] == replay["rehearsal"]["mem_size"] == slots
+        normalization = PRESET_NORMALIZATION[config.stream.transforms]
+        views = _augmentation(config.methods[0].augmentation, normalization)
+        preset = ContrastiveAugmentation.preset(name.removeprefix("co2l_"))
+        assert str(views) == str(preset)
+        assert views._mean.tolist() == preset._mean.tolist() and views._std.tolist() == preset._std.tolist()
+        changed = [f"methods.{method.name}.rehearsal.mem_size=1" for method in config.methods]
+        changed += ["methods.replay.training.optimizer.lr=1"]  # the replay code has its own for each buffer
+        plain.append(load_recipe(f"{name}_{slots}", changed).identity())
+    assert plain[0] == plain[1]
 
 
 def test_every_key_is_described() -> None:
@@ -101,6 +137,16 @@ def test_overrides() -> None:
     assert config.training_of(config.methods[0]).optimizer.lr == 0.01
     assert config.training.schedule.milestones == [1]
     assert config.stream.class_order == "seeded"
+
+
+def test_override_of_a_section_that_others_refer_to(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nstream: {name: digits}\nmethods:\n"
+        "  - {strategy: co2l, rehearsal: &buffer {mem_size: 9}}\n  - {strategy: cila, rehearsal: *buffer}\n"
+    )
+    config = load_recipe(path, ["methods.cila.rehearsal.mem_size=5"])
+    assert [method.rehearsal.mem_size for method in config.methods] == [9, 5]
 
 
 def test_selection_keeps_the_recipe_s_values() -> None:
