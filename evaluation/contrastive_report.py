@@ -157,10 +157,13 @@ class ContrastiveBound(PluginMetric[list[dict[str, Any]]]):
         return {tag: [row[name] for row in self._rows] for name, tag in _TAGS.items()}
 
     def summary_lines(self) -> list[str]:
-        """Sentences for a report: the loss of each task, which bounds say something about it, the certificate."""
-        lines = [f"task {task} is left out of the bounds: it has {why}" for task, why in self.skipped.items()]
+        """Sentences for a report: the loss of each task, which bounds say something about it, the certificate.
+
+        Tasks are counted from 1.
+        """
+        lines = [f"task {task + 1} is left out of the bounds: it has {why}" for task, why in self.skipped.items()]
         for row in self._rows:
-            start, ceiling = f"task {row['task']}:", row["ceiling"]
+            start, ceiling = f"task {row['task'] + 1}:", row["ceiling"]
             if row["measured"] is not None:
                 over = f"{row['tasks']} task{'s' if row['tasks'] > 1 else ''}"
                 lines.append(f"{start} the contrastive loss over {over} is {row['measured']:.3g}")

@@ -130,7 +130,10 @@ class AugmentationConfig(_Section):
 
 
 class RateScheduleConfig(_Section):
-    """Epochs of the first experience and the warm-up; the rate follows half a cosine in every experience."""
+    """Epochs of the first experience and the warm-up.
+
+    The rate follows half a cosine over the epochs, counted from 1: a single epoch runs at a thousandth of the rate.
+    """
 
     first_epochs: int | None = Field(default=None, ge=1, description="of the first experience; null = as the others")
     warmup: bool | None = Field(default=None, description="null = for batches above 256; the Co2L code")

@@ -1,9 +1,9 @@
 """The classifier stage of contrastive methods: after an experience, a fresh linear classifier on the frozen backbone.
 
 Co2L (arXiv 2106.14413, released code): features are the backbone's, not the projector's, in evaluation mode; the data
-are the experience just trained and the buffer that it was trained with; classes are balanced by sampling with
-replacement; every epoch draws new augmented single views. The classifier starts anew each time and covers the classes
-seen so far.
+are the experience just trained and the buffer that it was trained with (that of Avalanche's ``ReplayPlugin`` as it is
+by then); classes are balanced by sampling with replacement; every epoch draws new augmented single views. The
+classifier starts anew each time and covers the classes seen so far.
 
 Differs from the released code: the last epoch counts, not the best one on the test set; classes not seen yet have no
 row (there they are rows that are never a target); random numbers are the plugin's own, so running the stage or not
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from avalanche.evaluation.metric_results import MetricValue
-from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -188,9 +188,12 @@ class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         rehearsal, evaluation = find_rehearsal(strategy), self.views == "evaluation"
         if rehearsal is not None:
             return rehearsal.dataset(strategy.experience, evaluation=evaluation)
-        own = strategy.experience.dataset
-        own = own.eval() if evaluation else own.train()
-        return RehearsalSet([(own, range(len(own)), int(strategy.experience.current_experience))])
+        replayed = [p.storage_policy.buffer for p in strategy.plugins if isinstance(p, ReplayPlugin)]
+        sets = [(strategy.experience.dataset, int(strategy.experience.current_experience))]
+        sets += [(buffer, -1) for buffer in replayed if len(buffer)]  # whose samples don't say where they come from
+        return RehearsalSet(
+            [(data.eval() if evaluation else data.train(), range(len(data)), origin) for data, origin in sets]
+        )
 
     def _augmented(
         self, strategy: Any, parts: ModelParts, data: RehearsalSet, sampler: WeightedRandomSampler

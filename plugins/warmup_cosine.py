@@ -2,7 +2,8 @@
 
 One optimizer lives through the stream (its momentum carries over, as in the released code); only its rate is set here,
 and the number of epochs, which may be larger in the first task. ``LRSchedulerPlugin`` has one length and goes wrong on
-a second warm-up.
+a second warm-up. The cosine counts epochs from 1, as the released code does: a single epoch runs at ``lr * final`` and
+trains next to nothing.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def test_tasks_without_pairs_have_no_weight():
     for row in rows[1:]:
         assert rising(row)
     assert rows[1]["certificate_loss"] is not None  # the pool is that of all earlier tasks
-    assert "task 0 is left out of the bounds: it has one class, so no negatives" in metric.summary_lines()
+    assert "task 1 is left out of the bounds: it has one class, so no negatives" in metric.summary_lines()
     with pytest.raises(ValueError, match=r"stream: task 0 has one class.*accepted"):
         ContrastiveBound(tasks[:1])
     with pytest.raises(ValueError, match="stream: it is empty"):

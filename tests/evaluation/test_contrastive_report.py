@@ -234,11 +234,11 @@ def test_curves_and_lines(trained):
         assert curves[tag] == ([] if tag in FIRST_TAGS else [None]) + values
     lines = trained.metric.summary_lines()
     chained = (
-        f"task 2: the chained bound {rows[2]['chained']:.3g} is vacuous: no loss exceeds {loss_ceiling(0.5, 3):.3g}"
+        f"task 3: the chained bound {rows[2]['chained']:.3g} is vacuous: no loss exceeds {loss_ceiling(0.5, 3):.3g}"
     )
     assert chained in lines
-    assert f"task 0: the contrastive loss over 1 task is {rows[0]['measured']:.3g}" in lines
-    assert not any(line.startswith("task 0") and "bound" in line for line in lines)
+    assert f"task 1: the contrastive loss over 1 task is {rows[0]['measured']:.3g}" in lines
+    assert not any(line.startswith("task 1") and "bound" in line for line in lines)
     assert sum("certified to lie between" in line for line in lines) == 2
     assert sum("stays below" in line for line in lines) + sum("vacuous" in line for line in lines) == 6
     empty = ContrastiveBound(trained.metric.stream, **SMALL)

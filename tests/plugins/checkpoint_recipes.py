@@ -30,14 +30,20 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from avalanche_firn.benchmarks import ContrastiveAugmentation
+from avalanche_firn.benchmarks.domains import build_domain_stream
 from avalanche_firn.evaluation import RepresentationDrift, RepresentationProbe
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.parts import FeatureClassifier
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
+from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
+from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.plain_state import differing_state
 from avalanche_firn.plugins.strategy_state import capture_strategy
+from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
+from avalanche_firn.strategies.cila import CILA
 from avalanche_firn.strategies.lp_ft import LPFT
 from avalanche_firn.strategies.slca import SLCA
 
@@ -302,9 +308,83 @@ def slca_bf16(plugins, loggers=()):
     return slca([MixedPrecisionPlugin("bf16"), *plugins], loggers)
 
 
+class Squares(TensorDataset):
+    """The digits as images (1, 8, 8)."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x.view(1, 8, 8), y
+
+
+def contrastive(bm, plugins, loggers=(), *, dropout=0.0, rule=None, storage="class_balanced", **kwargs):
+    """CILA on a small convolutional network with BatchNorm; three epochs of the first experience, with a warm-up."""
+    norm = nn.Dropout(dropout) if dropout else nn.BatchNorm2d(8)
+    shape = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 8, 8)))  # test images are rows of 64
+    network = nn.Sequential(shape, nn.Conv2d(1, 8, 3), norm, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    strategy = CILA(
+        model=network,
+        feature_size=72,
+        contrastive=ContrastiveDistillationPlugin(balance=3.0, **(rule or {})),
+        classifier=ClassifierStagePlugin(epochs=3, batch_size=20, lr=0.1),
+        rates=WarmupCosinePlugin(0.05, first_epochs=3, warmup=True, warmup_epochs=1),
+        storage=storage,
+        mem_size=12,
+        projection_size=8,
+        plugins=plugins,
+        evaluator=EvaluationPlugin(
+            accuracy_metrics(experience=True, stream=True), loss_metrics(epoch=True, stream=True), loggers=list(loggers)
+        ),
+        **{**COMMON, **kwargs},
+    )
+    return strategy, bm, {"eval_streams": []}
+
+
+def views_on_the_device():
+    return ContrastiveAugmentation(crop_scale=(0.5, 1.0), jitter=None, grey=0.0, mean=0.0, std=1.0)
+
+
+def cila(plugins, loggers=()):
+    """Views on the device and BatchNorm, whose running statistics move in the teacher too."""
+    return contrastive(stream(Squares), plugins, loggers, augmentation=views_on_the_device())
+
+
+def cila_task(plugins, loggers=()):
+    """Dropout, and averages over the whole task: the sums cross epochs."""
+    rule = {"average_over": "task", "teacher_bn": "running"}
+    return contrastive(
+        stream(Squares), plugins, loggers, dropout=0.3, rule=rule, augmentation=views_on_the_device(), eval_every=0
+    )
+
+
+def cila_final_model(plugins, loggers=()):
+    """One more pass over the loader's data at the end of an experience."""
+    rule = {"average_over": "final_model"}
+    return contrastive(stream(Squares), plugins, loggers, rule=rule, augmentation=views_on_the_device())
+
+
+def two_noisy_views(x):
+    """Draws from all global generators, where the data are loaded."""
+    views = [x.view(1, 8, 8) + 0.05 * (torch.rand(()) + random.random() + np.random.rand()) for _ in range(2)]
+    return torch.stack(views).float()
+
+
+def cila_domains(plugins, loggers=()):
+    """Ten digits in each of three domains, a reservoir of them, views from the loader."""
+    bm = build_domain_stream(
+        "domains",
+        train=[dataset(slice(40 * d, 40 * (d + 1))) for d in range(3)],
+        test=[dataset(slice(400 + 20 * d, 420 + 20 * d)) for d in range(3)],
+        class_names=[str(c) for c in range(10)],
+        fingerprint="",
+        train_transform=two_noisy_views,
+    ).benchmark
+    return contrastive(bm, plugins, loggers, rule={"domain_incremental": True}, storage="reservoir")
+
+
 RECIPES = [
     naive_adam, growing, growing_by_iteration, early_stopping, stopped_epochs, ewc, synaptic_intelligence, workers,
     lasting_workers, augmented, slca, slca_evaluated, slca_bf16, head_per_task, lp_ft, lp_ft_one_optimizer,
+    cila, cila_task, cila_final_model, cila_domains,
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ A fork server pays for the imports once; each run is a process of its own. It le
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ sys.path.append(str(Path(__file__).parent))
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 
 CHILD = "__checkpoint_child__"
-FINAL = ("weights.safetensors", "results.json")
+FINAL = ("weights.safetensors", "results.json", "state.json")
 PRELOAD = [
     "avalanche.training",
     "avalanche.benchmarks",
@@ -34,6 +35,7 @@ PRELOAD = [
     "sklearn.datasets",
     "pytest",
     "avalanche_firn.plugins.checkpoint",
+    "avalanche_firn.strategies.cila",
     "avalanche_firn.strategies.slca",
     "tensorboard.backend.event_processing.event_accumulator",
 ]
@@ -56,20 +58,33 @@ class Marks:
         if self.kill_at is not None and self.count >= self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(self, function: Any, phase: str = "files") -> Any:
-        """``function`` with a mark before and after it."""
+    def around(self, function: Any, phase: Any = "files") -> Any:
+        """``function`` with a mark before and after it; the phase may depend on its arguments."""
 
         def marked(*args: Any, **kwargs: Any) -> Any:
-            self(phase)
+            name = phase(*args) if callable(phase) else phase
+            self(name)
             result = function(*args, **kwargs)
-            self(phase)
+            self(name)
             return result
 
         return marked
 
 
+def fingerprint(value: Any) -> Any:
+    """A description of a state in which every tensor stands as type, shape and SHA-256."""
+    if isinstance(value, dict):
+        return {key: fingerprint(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [fingerprint(v) for v in value]
+    if hasattr(value, "detach"):
+        content = value.detach().contiguous().reshape(-1).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()}"
+    return repr(value)
+
+
 def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> None:
-    """One process: build everything, resume, run to the end, write the final weights and results."""
+    """One process: build everything, resume, run to the end, write the final weights, results and state."""
     import checkpoint_recipes as recipes
     import torch
     from avalanche.logging import TensorboardLogger
@@ -78,6 +93,8 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
 
     from avalanche_firn.plugins import checkpoint_files, linear_probe
     from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
+    from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
+    from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
 
     torch.set_num_threads(1)
     run = Path(folder)
@@ -90,6 +107,20 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     checkpoint_files.cut_back = mark.around(checkpoint_files.cut_back)
 
     linear_probe.write_probe = mark.around(linear_probe.write_probe, "probing")
+
+    def loss(losses: Any, output: torch.Tensor, targets: torch.Tensor) -> str:
+        if losses._views is None:
+            return "evaluating"
+        return f"task-{len(losses.contrastive_losses)}" if output.requires_grad else "averaging"
+
+    def fit(stage: Any, strategy: Any, *args: Any) -> str:  # a batch of features inside the classifier stage
+        return f"fit-{strategy.experience.current_experience}"
+
+    for owner, name, phase in (
+        (ContrastiveDistillationPlugin, "__call__", loss),
+        (ClassifierStagePlugin, "_features", fit),
+    ):
+        setattr(owner, name, mark.around(getattr(owner, name), phase))
 
     class Marker(SupervisedPlugin):
         stateless = True
@@ -120,6 +151,10 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     strategy.evaluator.loggers[0].writer.close()
     save_file({k: v.contiguous() for k, v in strategy.model.state_dict().items()}, run / "weights.safetensors")
     (run / "results.json").write_text(json.dumps({k: repr(v) for k, v in sorted(results.items())}))
+    # the whole state where the optimizer lives through the stream; a rebuilt one is gone after the last experience
+    kept = isinstance(strategy._criterion, ContrastiveDistillationPlugin)
+    state = fingerprint(recipes.state_of(strategy)) if kept else {}
+    (run / "state.json").write_text(json.dumps(state, sort_keys=True))
     mark("done")
 
 
@@ -151,7 +186,7 @@ def launch(folder: Path, kill_at: int | None = None, only: str | None = None, af
 
 
 def story(folder: Path) -> tuple[Any, ...]:
-    """Final weights and results as bytes, and every scalar of the event files."""
+    """Final weights, results and state as bytes, and every scalar of the event files."""
     from checkpoint_recipes import scalars
 
     return (*((folder / name).read_bytes() for name in FINAL), scalars(folder))
@@ -192,7 +227,7 @@ def kill_until_done(folder: Path, draw: Any, expected: tuple[Any, ...], limit: i
 
 
 def test_the_run_covers_what_is_to_be_killed(references):
-    (weights, results, events), marks, _ = references("slca_evaluated")
+    (weights, results, _, events), marks, _ = references("slca_evaluated")
     assert len(weights) > 1000 and b"Top1_Acc_Stream" in results
     assert len({tag for tag, _, _ in events}) > 10 and len(events) > 200
     assert marks > 400
@@ -200,7 +235,17 @@ def test_the_run_covers_what_is_to_be_killed(references):
 
 @pytest.mark.parametrize(
     ("recipe", "kills"),
-    [("slca_evaluated", 20), ("growing", 6), ("lp_ft", 6), pytest.param("slca_evaluated", 200, marks=pytest.mark.slow)],
+    [
+        ("slca_evaluated", 20),
+        ("growing", 6),
+        ("lp_ft", 6),
+        ("cila", 4),
+        pytest.param("slca_evaluated", 200, marks=pytest.mark.slow),
+        *(
+            pytest.param(f"cila{name}", 60, marks=pytest.mark.slow)
+            for name in ("", "_task", "_final_model", "_domains")
+        ),
+    ],
 )
 def test_kills_at_random_places(recipe, kills, references, tmp_path):
     """At random steps, anywhere between the first line of a process and its last event."""
@@ -253,3 +298,31 @@ def test_kills_inside_linear_probes(references, tmp_path):
         places = iter([kill_at, None])
         draw = lambda places=places: {"kill_at": next(places), "only": "probing"}  # noqa: E731
         assert kill_until_done(tmp_path / "lp_ft" / str(kill_at), draw, expected) == ["probing"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "places"),
+    [
+        ("cila", [("task-0", 17), ("fit-0", 9), ("task-1", 17), ("fit-1", 2), ("task-2", 6), ("fit-2", 12)]),
+        ("cila_domains", [("task-0", 4), ("task-1", 17), ("fit-1", 7), ("task-2", 15), ("fit-2", 1)]),
+        ("cila_task", [("task-1", 15), ("task-2", 14)]),
+        ("cila_final_model", [("task-1", 8), ("averaging", 3), ("task-2", 17), ("averaging", 4)]),
+    ],
+)
+def test_kills_in_every_phase_of_contrastive_learning(recipe, places, references, tmp_path):
+    """One chain: in the middle of an epoch, inside the classifier stage, in the pass for the averages. There are two
+    marks per batch, counted from where the process has resumed."""
+    expected, _, _ = references(recipe)
+    draws = iter([*({"only": phase, "kill_at": count} for phase, count in places), {}])
+    assert kill_until_done(tmp_path / recipe / "run", lambda: next(draws), expected) == [phase for phase, _ in places]
+
+
+def test_what_the_stories_of_contrastive_runs_tell(references):
+    (_, results, state, events), _, _ = references("cila")
+    plugins = {p["class"].split(".")[-1].strip("'"): p["state"] for p in json.loads(state)["plugins"]}
+    losses, rehearsal = plugins["ContrastiveDistillationPlugin"], plugins["RehearsalPlugin"]
+    assert len(losses["coefficients"]) == len(losses["contrastive"]) == 3 and float(losses["coefficients"][2]) > 1
+    assert all("torch.float32" in losses["teacher"][f"backbone.2.running_{kind}"] for kind in ("mean", "var"))
+    assert rehearsal["places"].startswith("torch.int64 (12, 2)")
+    assert b"classifier/accuracy" in results
+    assert {"cila/coefficient", "cila/ratio", "loss/distillation", "classifier/loss"} <= {tag for tag, _, _ in events}
