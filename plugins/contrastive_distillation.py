@@ -41,9 +41,9 @@ from avalanche_firn.models.contrastive import check_projecting
 from avalanche_firn.models.parts import evaluation_mode
 from avalanche_firn.plugins.contrastive_losses import (
     CoefficientMode,
-    _check_coefficient,
-    _check_temperatures,
     asymmetric_supcon,
+    check_coefficient,
+    check_temperatures,
     contrastive_distillation,
     distillation_coefficient,
     loss_ratio,
@@ -97,13 +97,13 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_temperatures(
+        check_temperatures(
             temperature=temperature,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
             base_temperature=base_temperature,
         )
-        _check_coefficient(balance, floor, ceiling, mode)
+        check_coefficient(balance, floor, ceiling, mode)
         for field, value, accepted in (
             ("average_over", average_over, ("last_epoch", "task", "final_model")),
             ("ratio_scale", ratio_scale, ("plain", "training")),

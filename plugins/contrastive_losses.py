@@ -60,11 +60,11 @@ def contrastive_distillation(
     """
     _check_features("features", features)
     _check_rows(features, labels=labels, anchors=anchors)
-    _check_temperatures(temperature=temperature, base_temperature=base_temperature)
+    check_temperatures(temperature=temperature, base_temperature=base_temperature)
     scale = 1.0 if base_temperature is None else temperature / base_temperature
     if teacher_features is not None:
         _check_teacher(features, teacher_features)
-        _check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+        check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
     results = _GramLosses.apply(
         _computed(features),
         None if teacher_features is None else _computed(teacher_features.detach()),
@@ -114,7 +114,7 @@ def relation_distillation(
     """
     _check_features("student", student)
     _check_teacher(student, teacher)
-    _check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+    check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
     total, _, _ = _GramLosses.apply(
         _computed(student),
         _computed(teacher.detach()),
@@ -144,7 +144,7 @@ def distillation_coefficient(
     :param balance: open in the paper; 1. :param floor: 1 (secondary sources). :param ceiling: None (none is mentioned).
     :raises ValueError: different lengths, entries that are not finite, settings out of range, an unknown mode.
     """
-    _check_coefficient(balance, floor, ceiling, mode)
+    check_coefficient(balance, floor, ceiling, mode)
     if len(distillation_losses) != len(contrastive_losses):
         raise ValueError(
             f"distillation_losses has {len(distillation_losses)} entries and contrastive_losses "
@@ -167,7 +167,8 @@ def loss_ratio(distillation_losses: Sequence[float], contrastive_losses: Sequenc
     return math.fsum(distillation_losses) / below if len(contrastive_losses) and below != 0 else None
 
 
-def _check_coefficient(balance: float, floor: float, ceiling: float | None, mode: str) -> None:
+def check_coefficient(balance: float, floor: float, ceiling: float | None, mode: str) -> None:
+    """ValueError for settings of :func:`distillation_coefficient` out of range."""
     if mode not in ("max", "min", "pure", "constant"):
         raise ValueError(f"mode is {mode!r}; 'max', 'min', 'pure' or 'constant' is accepted")
     for field, value in (("balance", balance), ("floor", floor), ("ceiling", ceiling)):
@@ -315,7 +316,8 @@ def _check_rows(features: Tensor, *, labels: Tensor, anchors: Tensor) -> None:
         raise ValueError(f"anchors is {anchors.dtype} {tuple(anchors.shape)}; bool ({len(features)},) is accepted")
 
 
-def _check_temperatures(**temperatures: float | None) -> None:
+def check_temperatures(**temperatures: float | None) -> None:
+    """ValueError for a temperature that is neither None nor a finite number above 0."""
     for field, value in temperatures.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{field} is {value}; a finite number above 0 is accepted")
@@ -325,6 +327,8 @@ __all__ = [
     "CoefficientMode",
     "ContrastiveTerms",
     "asymmetric_supcon",
+    "check_coefficient",
+    "check_temperatures",
     "contrastive_distillation",
     "distillation_coefficient",
     "loss_ratio",
