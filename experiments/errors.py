@@ -142,7 +142,9 @@ def _bounds(metadata: Iterable[Any]) -> str:
         elif isinstance(item, annotated_types.Le):
             words.append(f"at most {item.le}")
         elif isinstance(item, annotated_types.MinLen):
-            words.append("not empty")
+            words.append("not empty" if item.min_length == 1 else f"{item.min_length} or more of them")
+        elif isinstance(item, annotated_types.MaxLen):
+            words.append(f"{item.max_length} at most")
         elif getattr(item, "pattern", None):
             words.append(f"matching {item.pattern}")
     return f", {', '.join(words)}" if words else ""

@@ -307,6 +307,7 @@ WRONG = {
         ["methods.co2l.augmentation.crop_scale=[0.5,1.5]"],
         ["methods[2].augmentation.crop_scale[1]", "1.5", "at most 1"],
     ),
+    "ranges": (["methods.cila.augmentation.jitter=[0.4,0.4]"], ["augmentation.jitter", "4 or more of them, 4 at most"]),
     "hue": (["methods.cila.augmentation.jitter=[0.4,0.4,0.4,0.7]"], ["jitter: hue is 0.7", "hue up to 0.5"]),
     "even kernel": (["methods.cila.augmentation.blur_kernel=6"], ["blur_kernel: 6 is even", "an odd number"]),
     "unknown key": (
