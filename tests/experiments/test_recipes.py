@@ -66,7 +66,7 @@ def test_recipes_of_papers_say_where_every_value_comes_from() -> None:
     """Every line with a value has a comment; those of the header and lines that open a section aside."""
     free = {"name", "description", "benchmark", "root", "strategy", "streams", "split", "eval_batch_size", "adapt"}
     for name in SHIPPED:
-        if not name.startswith(("lp_ft", "co2l")):
+        if not name.startswith(("lp_ft", "co2l", "cila")):
             continue
         for line in read_recipe(name).splitlines():
             key, _, value = line.strip().removeprefix("- ").partition(":")
