@@ -214,7 +214,7 @@ def extract_features(
                 if not captured:
                     raise ValueError(
                         f"{type(model).__name__} doesn't call its classifier {parts.head_name!r} with bn={bn!r}, in "
-                        "training mode; 'eval' or 'refresh' is accepted"
+                        "training mode; 'eval', 'new_bn_stats' or 'refresh' is accepted"
                     )
                 features.append(captured.pop())
                 captured.clear()  # a model may call its classifier more than once; the last call is the answer

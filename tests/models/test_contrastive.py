@@ -163,3 +163,13 @@ def test_extracted_features_are_the_backbones(training):
     features, targets = extract_features(model, TensorDataset(x, torch.arange(5)), batch_size=3)
     assert model.training is training and torch.equal(targets, torch.arange(5))
     torch.testing.assert_close(features, model.eval().backbone(x))
+
+
+@pytest.mark.parametrize("bn", ["train", "new_bn_stats", "refresh"])
+def test_features_in_training_mode_are_refused_where_the_classifier_is_not_called(bn):
+    model, data = network(), TensorDataset(images(views=0), torch.arange(5))
+    if bn == "train":
+        with pytest.raises(ValueError, match=r"doesn't call its classifier 'head' with bn='train'"):
+            extract_features(model, data, bn=bn)
+    else:  # only the statistics come from training mode
+        assert extract_features(model, data, bn=bn)[0].shape == (5, 6)

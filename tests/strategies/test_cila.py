@@ -315,6 +315,18 @@ def test_logits_by_class_id_of_unequal_tasks_in_a_permuted_order():
     assert accuracy(strategy, stream.test) > 0.6  # chance is 0.1
 
 
+def test_the_default_evaluator_asks_for_no_accuracy_of_projections(three_tasks):
+    torch.manual_seed(1)
+    strategy = CILA(
+        model=Small(), classifier=stage(), augmentation=augmentation(), train_mb_size=9, train_epochs=1, eval_mb_size=50
+    )
+    train(strategy, three_tasks.train_stream[:1])
+    found = strategy.eval(three_tasks.test_stream[:1])
+    assert any(name.startswith("Top1_Acc_Stream/eval_phase") for name in found)
+    assert any(name.startswith("Loss_Epoch/train_phase") for name in found)
+    assert not any(name.startswith("Top1_Acc") and "train_phase" in name for name in found)
+
+
 def test_future_experiences_are_evaluated_with_a_finite_loss(three_tasks):
     evaluator = quiet(loss_metrics(experience=True), accuracy_metrics(experience=True))
     strategy = build(evaluator=evaluator)
