@@ -21,18 +21,12 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import AlternativeValues, MetricValue
 from torch import Tensor
 
+from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.figures import task_matrix_figure
 from avalanche_firn.evaluation.matrix import ResultMatrix
 
 Emitted = list[MetricValue] | None
-
-
-def full_stream(experience: Any) -> Any:
-    """The whole stream of an experience; the first benchmark generation hands out slices as origin streams."""
-    stream = experience.origin_stream
-    streams = getattr(getattr(experience, "benchmark", None), "streams", {})
-    return streams.get(stream.name, stream)
 
 
 def _length(stream: Any) -> int | None:

@@ -22,10 +22,10 @@ import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import AlternativeValues, MetricValue
 
+from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.evaluation.adaptation import Adaptation, AdaptationJob, ProbeSolver, check_adaptation
 from avalanche_firn.evaluation.figures import task_matrix_figure
 from avalanche_firn.evaluation.matrix import FORGETTING_KINDS, NotEvaluatedError, ResultMatrix, forgetting
-from avalanche_firn.evaluation.metrics import full_stream
 from avalanche_firn.evaluation.probes import few_shot_indices
 from avalanche_firn.models.feature_cache import FeatureCache, backbone_sha256
 from avalanche_firn.models.parts import evaluation_mode, find_parts

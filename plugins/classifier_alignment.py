@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
@@ -33,6 +32,7 @@ from avalanche_firn.plugins.alignment_math import (
     symmetric_cross_entropy,
 )
 from avalanche_firn.plugins.class_statistics import ClassGaussians
+from avalanche_firn.plugins.random_state import derived_seed
 
 BatchSource = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 
@@ -202,13 +202,12 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
         class_task = head.class_task
         if self.compat_task_index:
             class_task = reference_task_index(head.num_classes, head.weights[-1].shape[0])
-        seed = np.random.SeedSequence([self.seed, task]).generate_state(1, np.uint64)[0] >> np.uint64(1)
         return gaussian_batches(
             self.gaussians,
             head.known_classes,
             self.samples_per_class,
             self.samples_per_class,
-            generator=torch.Generator(head.class_task.device).manual_seed(int(seed)),
+            generator=torch.Generator(head.class_task.device).manual_seed(derived_seed(self.seed, task)),
             mean_scale=mean_scale(class_task, task) if self.scaling == "mean" else None,
             feature_scaling=(self.feature_scale_mu, task - class_task) if self.scaling == "feature" else None,
         )

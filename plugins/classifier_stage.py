@@ -28,7 +28,7 @@ from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation
 from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.models.linear_rows import linear_rows
 from avalanche_firn.models.parts import ModelParts, evaluation_mode, find_parts
-from avalanche_firn.plugins.random_state import private_random_state
+from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 from avalanche_firn.plugins.rehearsal import RehearsalSet, find_rehearsal
 from avalanche_firn.plugins.schedules import multistep
 
@@ -242,8 +242,7 @@ class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         return captured[-1] if captured[-1].dtype == torch.float64 else captured[-1].float()
 
     def _seed(self, strategy: Any) -> int:
-        key = [self.seed, strategy.clock.train_exp_counter]
-        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return derived_seed(self.seed, strategy.clock.train_exp_counter)
 
     # ----------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

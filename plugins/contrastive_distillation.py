@@ -28,7 +28,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
@@ -49,7 +48,7 @@ from avalanche_firn.plugins.contrastive_losses import (
     loss_ratio,
     relation_distillation,
 )
-from avalanche_firn.plugins.random_state import private_random_state
+from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 from avalanche_firn.plugins.rehearsal import RehearsalSet, find_rehearsal
 
 _TAGS = ("cila/contrastive", "cila/distillation", "cila/coefficient", "cila/ratio", "cila/floor-active")
@@ -282,11 +281,9 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
         """Losses of the trained model over its training data, evaluation mode, no gradient."""
         self._sums = None
         before = strategy.mbatch
-        key = [self.seed, len(self.contrastive_losses)]
-        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(private_random_state(seed))
+            stack.enter_context(private_random_state(derived_seed(self.seed, len(self.contrastive_losses))))
             for model in (strategy.model, self.teacher):
                 if model is not None:
                     stack.enter_context(evaluation_mode(model))

@@ -8,7 +8,7 @@ Stable where the released code is not: the diagonal is masked before the maximum
 divided by a sum of underflowed exponentials. Products run in float32 (float64 for float64 input) whatever autocast or
 TF32 settings are in force: a teacher temperature of 0.01 multiplies errors of similarities by 100.
 
-Cost for 2N rows of width d: about ``4 N^2 (6 d)`` multiply-additions forward and backward together, memory of one
+Cost for 2N rows of width d: about ``16 N^2 d`` multiply-additions forward and backward together, memory of one
 block of rows. No boolean gather, no host synchronisation.
 """
 

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import OnlineCLExperience
 from avalanche.evaluation.metric_results import MetricValue
@@ -45,7 +44,7 @@ from avalanche_firn.plugins.probe_head import (
     task_label_of,
     write_probe,
 )
-from avalanche_firn.plugins.random_state import private_random_state
+from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 
 HeadInit = Literal["keep", "reset", "zero"]
 FineTuneMode = Literal["auto", "train", "eval"]
@@ -341,8 +340,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
     # ---------------------------------------------------------- random numbers
     def _seed(self, strategy: Any, purpose: str) -> int:
         """Depends on seed, experience and purpose alone, so that resumed and uninterrupted runs agree."""
-        key = [self.seed, strategy.clock.train_exp_counter, *purpose.encode()]
-        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return derived_seed(self.seed, strategy.clock.train_exp_counter, *purpose.encode())
 
     # ----------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

@@ -62,6 +62,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
 
 
+def derived_seed(*key: int) -> int:
+    """A seed, 0 to 2**63 - 1, that depends on the numbers of ``key`` (0 and above) and on nothing else.
+
+    Plugins derive theirs from their own seed and the index of the task, so that resumed and uninterrupted runs agree.
+    """
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 @contextmanager
 def private_random_state(seed: int | None = None) -> Iterator[None]:
     """Whatever is drawn inside leaves the global generators as they were.
@@ -79,4 +87,4 @@ def private_random_state(seed: int | None = None) -> Iterator[None]:
         restore_random_state(state)
 
 
-__all__ = ["capture_random_state", "private_random_state", "restore_random_state"]
+__all__ = ["capture_random_state", "derived_seed", "private_random_state", "restore_random_state"]

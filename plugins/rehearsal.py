@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import OnlineCLExperience
 from avalanche.benchmarks.utils import concat_datasets
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from avalanche_firn.benchmarks.streams import avalanche_dataset, full_stream
-from avalanche_firn.plugins.random_state import private_random_state
+from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 
 Storage = Literal["class_balanced", "reservoir"]
 
@@ -151,8 +150,7 @@ class RehearsalPlugin(SupervisedPlugin, supports_distributed=False):  # type: ig
         """
         labels = torch.as_tensor([int(t) for t in targets], dtype=torch.int64)
         rows = torch.stack([torch.full_like(labels, experience), torch.arange(len(labels))], dim=1)
-        key = np.random.SeedSequence([self.seed, len(self._stored)]).generate_state(1, np.uint64)[0]
-        with private_random_state(int(key >> np.uint64(1))):
+        with private_random_state(derived_seed(self.seed, len(self._stored))):
             if self.storage == "reservoir":
                 whole = self._reservoir(self.mem_size, torch.ones_like(self.labels, dtype=torch.bool))
                 whole.update_from_dataset(_as_dataset(rows, labels))
