@@ -6,6 +6,7 @@ from setuptools import setup
 
 FOLDERS = ("models", "benchmarks", "plugins", "evaluation", "strategies", "experiments")
 ROOT = Path(__file__).parent
+TESTS = ["pytest>=8", "hypothesis>=6.100", "peft>=0.15"]  # peft: exported adapters are loaded back
 
 setup(
     name="avalanche-firn",
@@ -39,9 +40,9 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100"],
+        "test": TESTS,
         "dev": [
-            *("pytest>=8", "hypothesis>=6.100"),
+            *TESTS,
             *("ruff>=0.6", "mypy>=1.10", "build>=1.2", "types-PyYAML", "types-tqdm"),
         ],
     },
