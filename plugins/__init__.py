@@ -10,42 +10,61 @@ from avalanche_firn.plugins.classifier_alignment import (
     symmetric_cross_entropy,
 )
 from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
+from avalanche_firn.plugins.cluster_gaussians import ClusterGaussians
 from avalanche_firn.plugins.contrastive_distillation import (
     ContrastiveDistillationPlugin,
     asymmetric_supcon,
     distillation_coefficient,
     relation_distillation,
 )
+from avalanche_firn.plugins.critical_parameters import ImportanceTracker, ImportantParameterPlugin, select_critical
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
-from avalanche_firn.plugins.losses import LocalCrossEntropy, local_cross_entropy
+from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
+from avalanche_firn.plugins.losses import (
+    LocalCrossEntropy,
+    LocalSymmetricCrossEntropy,
+    local_cross_entropy,
+    local_symmetric_cross_entropy,
+)
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.rehearsal import RehearsalPlugin
-from avalanche_firn.plugins.schedules import cosine, multistep
+from avalanche_firn.plugins.schedules import cosine, lagged_cosine, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.plugins.task_inference import MahalanobisTaskInference, TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
 
 __all__ = [
     "ClassGaussians",
     "ClassifierAlignmentPlugin",
     "ClassifierStagePlugin",
+    "ClusterGaussians",
     "ContrastiveDistillationPlugin",
     "ExactCheckpointPlugin",
     "FreshOptimizerPlugin",
+    "ImportanceTracker",
+    "ImportantParameterPlugin",
     "LinearProbePlugin",
+    "LoRACompositionPlugin",
     "LocalCrossEntropy",
+    "LocalSymmetricCrossEntropy",
+    "MahalanobisTaskInference",
     "MixedPrecisionPlugin",
     "RehearsalPlugin",
     "SlowLearnerPlugin",
+    "TaskInferencePlugin",
     "WarmupCosinePlugin",
     "align_classifier",
     "asymmetric_supcon",
     "cosine",
     "distillation_coefficient",
+    "lagged_cosine",
     "local_cross_entropy",
+    "local_symmetric_cross_entropy",
     "logit_normalized_cross_entropy",
     "mean_scale",
     "multistep",
     "relation_distillation",
+    "select_critical",
     "symmetric_cross_entropy",
 ]

@@ -104,17 +104,20 @@ def symmetric_cross_entropy(logits: Tensor, targets: Tensor, alpha: float, beta:
 
     Args:
         logits: (B, C); computed in float32 at least.
-        targets: (B,) int64 columns.
+        targets: (B,) int64 columns; rows with -100 are left out of both means, as cross-entropy does.
         alpha, beta: weights of the two terms.
 
     Returns:
-        Scalar, nats.
+        Scalar, nats; NaN if no row is left.
     """
     _check_logits(logits, targets)
     with torch.autocast(logits.device.type, enabled=False):
         logits = _at_least_float32(logits)
-        wrong = logits.softmax(1).clamp(min=_RCE_FLOOR[0]).scatter(1, targets[:, None], 0.0)
-        return alpha * F.cross_entropy(logits, targets) - beta * math.log(_RCE_FLOOR[1]) * wrong.sum(1).mean()
+        counts = targets >= 0
+        own = targets.clamp(min=0)[:, None]  # any column will do where the row does not count
+        wrong = logits.softmax(1).clamp(min=_RCE_FLOOR[0]).scatter(1, own, 0.0).sum(1)
+        reverse = torch.where(counts, wrong, 0.0).sum() / counts.sum()
+        return alpha * F.cross_entropy(logits, targets) - beta * math.log(_RCE_FLOOR[1]) * reverse
 
 
 def cosine_rates(lr: float, epochs: int) -> list[float]:

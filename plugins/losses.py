@@ -1,17 +1,21 @@
-"""Local cross-entropy: while training, only the classes of the current experience compete.
+"""Local losses: while training, only the classes of the current experience compete.
 
-Used by SLCA, LoRAC-IPC, L2P and others for class-incremental streams: the units of earlier classes get no gradient that
-pushes them down. In evaluation all classes compete. One gather of columns per step; no host synchronisation in a step.
+Used by SLCA, SLCA++, LoRAC-IPC, L2P and others for class-incremental streams: the units of earlier classes get no
+gradient that pushes them down. In evaluation all classes compete. One gather of columns per step; no host
+synchronisation in a step.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 from torch.nn import functional as F
+
+from avalanche_firn.plugins.alignment_math import symmetric_cross_entropy
 
 
 def local_cross_entropy(logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
@@ -22,21 +26,34 @@ def local_cross_entropy(logits: Tensor, targets: Tensor, classes: Tensor) -> Ten
     :param classes: sorted class ids ``(K,)``, same device.
     :returns: scalar, nats; NaN if no target is among ``classes``.
     """
+    return F.cross_entropy(*_local(logits, targets, classes))
+
+
+def local_symmetric_cross_entropy(
+    logits: Tensor, targets: Tensor, classes: Tensor, alpha: float = 1.0, beta: float = 0.1
+) -> Tensor:
+    """``alpha CE + beta RCE`` over the columns ``classes`` alone (SLCA++); arguments as :func:`local_cross_entropy`.
+
+    :param alpha: weight of the cross-entropy, :param beta: of the reverse one (1.0 and 0.1: released configuration of
+        CIFAR-100); see :func:`~avalanche_firn.plugins.alignment_math.symmetric_cross_entropy`.
+    :returns: scalar, nats; NaN if no target is among ``classes``.
+    """
+    return symmetric_cross_entropy(*_local(logits, targets, classes), alpha, beta)
+
+
+def _local(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ``(B, K)`` of the classes, float32 at least, and positions ``(B,)`` in them, -100 for other targets."""
     position = torch.searchsorted(classes, targets).clamp(max=len(classes) - 1)
     local = torch.where(classes[position] == targets, position, -100)
-    chosen = logits.index_select(1, classes)
-    return F.cross_entropy(chosen if chosen.dtype == torch.float64 else chosen.float(), local)
+    return _at_least_float32(logits.index_select(1, classes)), local
 
 
-class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Criterion for Avalanche strategies: local cross-entropy in training, over all classes in evaluation.
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
-    Pass it as ``criterion=``; the strategy then registers it as a plugin by itself.
 
-    :param outside: what a training target outside the current experience means. ``"error"``: ValueError, at the first
-        batch of the experience or at the end of the epoch (a replay buffer next to this loss would be ignored silently
-        otherwise). ``"ignore"``: such rows do not count, as in SLCA's released code.
-    """
+class _LocalCriterion(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Criterion and plugin in one: :meth:`local_loss` in training, cross-entropy over all classes in evaluation."""
 
     stateless = True
     """Nothing to save in a checkpoint: the classes come from the experience."""
@@ -51,12 +68,17 @@ class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):  # type: i
         self._check_batch = False
         self._stray: Tensor | None = None
 
+    def local_loss(self, logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+        """Training loss: ``logits (B, W)`` by class id, ``targets (B,)``, sorted ``classes (K,)`` -> scalar."""
+        raise NotImplementedError
+
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take the classes of the experience."""
         classes = sorted(int(c) for c in strategy.experience.classes_in_this_experience)
         if not classes:
             raise ValueError("the experience has no classes; local cross-entropy needs at least one")
         self._classes = torch.tensor(classes, device=strategy.device)
+        self._evaluating = False  # an evaluation may have broken off
         self._stray = torch.zeros((), dtype=torch.long, device=strategy.device)
         self._check_batch = self.outside == "error"
 
@@ -76,14 +98,14 @@ class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):  # type: i
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``logits (B, W)`` by class id, ``targets (B,)`` -> scalar loss in nats."""
         if self._evaluating or self._classes is None:
-            return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
+            return F.cross_entropy(_at_least_float32(logits), targets)
         if self.outside == "error":
             assert self._stray is not None
             self._stray += (~torch.isin(targets, self._classes)).sum()
             if self._check_batch:
                 self._check_batch = False
                 self._raise_if_stray()
-        return local_cross_entropy(logits, targets, self._classes)
+        return self.local_loss(logits, targets, self._classes)
 
     def _raise_if_stray(self) -> None:
         count = 0 if self._stray is None else int(self._stray)
@@ -92,8 +114,52 @@ class LocalCrossEntropy(SupervisedPlugin, supports_distributed=True):  # type: i
             raise ValueError(
                 f"{count} training targets are outside the classes of the experience, {self._classes.tolist()}, and "
                 "local cross-entropy would ignore them; with a replay buffer use a loss over all seen classes "
-                "(torch.nn.CrossEntropyLoss), or say LocalCrossEntropy(outside='ignore')"
+                f"(torch.nn.CrossEntropyLoss), or say {type(self).__name__}(outside='ignore')"
             )
 
 
-__all__ = ["LocalCrossEntropy", "local_cross_entropy"]
+class LocalCrossEntropy(_LocalCriterion, supports_distributed=True):  # type: ignore[call-arg]
+    """Criterion for Avalanche strategies: local cross-entropy in training, over all classes in evaluation.
+
+    Pass it as ``criterion=``; the strategy then registers it as a plugin by itself.
+
+    :param outside: what a training target outside the current experience means. ``"error"``: ValueError, at the first
+        batch of the experience or at the end of the epoch (a replay buffer next to this loss would be ignored silently
+        otherwise). ``"ignore"``: such rows do not count, as in SLCA's released code.
+    """
+
+    def local_loss(self, logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+        """:func:`local_cross_entropy`."""
+        return local_cross_entropy(logits, targets, classes)
+
+
+class LocalSymmetricCrossEntropy(_LocalCriterion, supports_distributed=True):  # type: ignore[call-arg]
+    """As :class:`LocalCrossEntropy`, with ``alpha CE + beta RCE`` in training (SLCA++) and plain CE in evaluation.
+
+    :param alpha: weight of the cross-entropy, :param beta: of the reverse one. Released configurations: 1.0 and 0.1
+        (CIFAR-100, CUB-200), 0.5 and 0.5 (ImageNet-R, Cars-196).
+    :param outside: see :class:`LocalCrossEntropy`.
+    :raises ValueError: a weight that is negative or not finite, or both 0.
+    """
+
+    def __init__(self, alpha: float = 1.0, beta: float = 0.1, *, outside: Literal["error", "ignore"] = "error") -> None:
+        super().__init__(outside=outside)
+        for field, weight in (("alpha", alpha), ("beta", beta)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{field} is {weight}; a finite weight of 0 and above is accepted")
+        if alpha == beta == 0:
+            raise ValueError("alpha and beta are 0; the loss needs at least one of its two terms")
+        self.alpha = alpha
+        self.beta = beta
+
+    def local_loss(self, logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+        """:func:`local_symmetric_cross_entropy`."""
+        return local_symmetric_cross_entropy(logits, targets, classes, self.alpha, self.beta)
+
+
+__all__ = [
+    "LocalCrossEntropy",
+    "LocalSymmetricCrossEntropy",
+    "local_cross_entropy",
+    "local_symmetric_cross_entropy",
+]

@@ -27,6 +27,7 @@ from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugi
 from avalanche_firn.plugins.losses import LocalCrossEntropy
 from avalanche_firn.plugins.schedules import SchedulerFactory, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.strategies.slca_plus_plus import SLCAPlusPlus  # its successor, importable from here as well
 
 
 class SLCA(SupervisedTemplate):
@@ -93,4 +94,4 @@ class SLCA(SupervisedTemplate):
         )
 
 
-__all__ = ["SLCA"]
+__all__ = ["SLCA", "SLCAPlusPlus"]

@@ -114,6 +114,17 @@ def test_symmetric_cross_entropy_equals_the_loop_when_saturated():
     close(symmetric_cross_entropy(logits, targets, 0.5, 0.25), expected / 3, 1e-10)
 
 
+def test_symmetric_cross_entropy_leaves_marked_rows_out():
+    logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([1, -100, 0, 3, -100, 2])
+    loss = symmetric_cross_entropy(logits, targets, 0.5, 0.25)
+    kept = targets >= 0
+    close(loss.detach(), symmetric_cross_entropy(logits[kept], targets[kept], 0.5, 0.25).detach(), 1e-12)
+    loss.backward()
+    assert bool((logits.grad[~kept] == 0).all()) and bool((logits.grad[kept] != 0).all())
+    assert symmetric_cross_entropy(logits, torch.full_like(targets, -100), 1.0, 1.0).isnan()
+
+
 def test_losses_compute_in_float32_under_autocast_and_for_half_logits():
     logits = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.arange(16) % 6
