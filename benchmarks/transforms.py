@@ -80,9 +80,11 @@ def preset_transforms(name: str) -> TransformPair:
     pixels. "ucl_cifar", 32 pixels, and "ucl_tiny", 64 pixels: released code of the protocol on sequential CIFAR-10,
     CIFAR-100 and TinyImageNet (divyam3897/UCL, `augmentations/simsiam_aug.py` with its option `cl_default`; its first
     release has a random resized crop of 20-100 % in place of the padded crop). Images of another size are resized
-    first, bilinearly, which that code doesn't need. "co2l_cifar", 32 pixels, "co2l_tiny", 64, and "co2l_digits", 28 and
-    one grey channel in 0..1: released code of Co2L (chaht01/Co2L). These don't augment, training included: views are
-    drawn later, on the device, by `ContrastiveAugmentation`. Other sizes are resized bilinearly.
+    first, bilinearly, which that code doesn't need. "lorac", 224 pixels, in 0..1 and not normalised: released code of
+    LoRAC-IPC (learninginvision/LoRAC-IPC), which has "slca_cifar" for CIFAR-100 with the original ImageNet-21k weights.
+    "co2l_cifar", 32 pixels, "co2l_tiny", 64, and "co2l_digits", 28 and one grey channel in 0..1: released code of Co2L
+    (chaht01/Co2L). These don't augment, training included: views are drawn later, on the device, by
+    `ContrastiveAugmentation`. Other sizes are resized bilinearly.
 
     Raises:
         StreamError: unknown name; the nearest ones are listed.
@@ -96,10 +98,13 @@ def _tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Any]:
     return [transforms.ToTensor(), transforms.Normalize(mean, std)]
 
 
+def _centre_crop() -> list[Any]:
+    return [transforms.Resize(256, interpolation=InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+
+
 def _slca(steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> TransformPair:
-    centre = [transforms.Resize(256, interpolation=InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
     return TransformPair(
-        transforms.Compose([*steps, *_tensor(mean, std)]), transforms.Compose([*centre, *_tensor(mean, std)])
+        transforms.Compose([*steps, *_tensor(mean, std)]), transforms.Compose([*_centre_crop(), *_tensor(mean, std)])
     )
 
 
@@ -125,6 +130,15 @@ def _slca_fine_grained() -> TransformPair:
         transforms.RandomHorizontalFlip(),
     ]
     return _slca(steps, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _lorac() -> TransformPair:
+    # bilinear while training, as torchvision's default; the weights' own normalisation is left out, as in that code
+    steps = [transforms.RandomResizedCrop(224, scale=(0.05, 1.0)), transforms.RandomHorizontalFlip()]
+    return TransformPair(
+        transforms.Compose([*steps, transforms.ToTensor()]),
+        transforms.Compose([*_centre_crop(), transforms.ToTensor()]),
+    )
 
 
 def _ucl(size: int, blur: bool) -> TransformPair:
@@ -173,6 +187,7 @@ TRANSFORM_PRESETS: dict[str, Callable[[], TransformPair]] = {
     "slca_imagenet_r": _slca_imagenet_r,
     "slca_cub": _slca_fine_grained,
     "slca_cars": _slca_fine_grained,
+    "lorac": _lorac,
     "ucl_cifar": _ucl_cifar,
     "ucl_tiny": _ucl_tiny,
     "co2l_cifar": _co2l_cifar,

@@ -23,6 +23,7 @@ from avalanche_firn.experiments.contrastive_sections import (
     RehearsalConfig,
 )
 from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
+from avalanche_firn.experiments.lora_sections import ImportanceConfig, LoRAConfig, TapConfig, TaskInferenceConfig
 from avalanche_firn.experiments.probe_sections import LinearProbeStageConfig
 from avalanche_firn.experiments.sections import (
     BackboneConfig,
@@ -43,10 +44,13 @@ __all__ = [
     "JointConfig",
     "LPFTConfig",
     "LinearProbeConfig",
+    "LoRACIPCConfig",
+    "LoRAOnlyConfig",
     "MethodConfig",
     "NaiveConfig",
     "ReplayConfig",
     "SLCAConfig",
+    "SLCAPlusPlusConfig",
     "SlowLearnerConfig",
     "validate",
 ]
@@ -127,6 +131,58 @@ class SLCAConfig(_SlowBackbone):
     alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="the second stage")
 
 
+class SLCAPlusPlusConfig(_Method):
+    """SLCA++: low-rank pairs, norms and biases learn slowly with a symmetric cross-entropy, then alignment."""
+
+    strategy: Literal["slca_plus_plus"] = Field(description="SLCA with LoRA and symmetric cross-entropy")
+    alpha: float = Field(default=1.0, ge=0, description="of the cross-entropy; the SLCA++ code, CIFAR-100")
+    beta: float = Field(default=0.1, ge=0, description="of its reverse; the SLCA++ code, CIFAR-100")
+    backbone_scale: float = Field(default=0.1, gt=0, description="rate of the backbone / lr; the SLCA++ code")
+    first_task_lora_scale: float = Field(
+        default=0.5, gt=0, description="rate of the pairs in the first task / lr; the SLCA++ code"
+    )
+    lora_rank: int = Field(default=4, ge=1, description="of the pair of a layer; the SLCA++ code")
+    lora_scale: Rate = Field(default=0.8, description="factor of the pairs; the SLCA++ code")
+    lora_targets: list[str] = Field(
+        default=["qkv"], min_length=1, description="layers by the end of their names; those that the SLCA++ code trains"
+    )
+    alignment: AlignmentConfig = Field(
+        default_factory=lambda: AlignmentConfig(scaling="feature"), description="the second stage"
+    )
+
+
+class LoRAOnlyConfig(_Method):
+    """One low-rank pair per matrix, fine-tuned from task to task on the frozen backbone."""
+
+    strategy: Literal["lora"] = Field(description="sequential fine-tuning of one LoRA")
+    lora: LoRAConfig = Field(default_factory=LoRAConfig, description="the pairs")
+    local_loss: bool = Field(default=False, description="cross-entropy over the classes of the task; our choice")
+
+
+class LoRACIPCConfig(_Method):
+    """LoRAC-IPC: a low-rank pair per task, orthogonal to the others, and important matrices frozen."""
+
+    strategy: Literal["lorac_ipc"] = Field(description="orthogonal LoRA composition, freezing, task inference")
+    lora: LoRAConfig = Field(default_factory=LoRAConfig, description="the pairs")
+    orthogonality: float = Field(default=0.5, ge=0, description="weight of the penalty; the LoRAC-IPC code, CIFAR-100")
+    omega_scale: float = Field(default=1.0, ge=0, description="rate of the scalars / lr; the LoRAC-IPC code, CIFAR-100")
+    clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm, null = none; the LoRAC-IPC code")
+    first_lr: Rate | None = Field(default=None, description="rate of the first task, null = the same")
+    importance: ImportanceConfig = Field(default_factory=ImportanceConfig, description="freezing after a task")
+    alignment: TapConfig | None = Field(default_factory=TapConfig, description="of the classifier, null = none")
+    task_inference: TaskInferenceConfig | None = Field(
+        default_factory=TaskInferenceConfig, description="at test time, null = the newest weights for all"
+    )
+    official_k_gate: bool = Field(default=False, description="repeats a slip of the LoRAC-IPC code")
+
+    def brief(self) -> LoRACIPCConfig:
+        """One epoch of training and of alignment."""
+        alignment = self.alignment
+        if alignment is not None:
+            alignment = alignment.model_copy(update={"epochs": min(alignment.epochs, 1)})
+        return super().brief().model_copy(update={"alignment": alignment})  # type: ignore[return-value]
+
+
 class LPFTConfig(_Method):
     """LP-FT: in every task a linear probe on the frozen backbone, then fine-tuning from that classifier."""
 
@@ -180,6 +236,9 @@ MethodConfig = Annotated[
     | LinearProbeConfig
     | SlowLearnerConfig
     | SLCAConfig
+    | SLCAPlusPlusConfig
+    | LoRAOnlyConfig
+    | LoRACIPCConfig
     | LPFTConfig
     | ReplayConfig
     | Co2LConfig

@@ -23,7 +23,12 @@ from avalanche_firn.benchmarks.transforms import TRANSFORM_PRESETS, preset_trans
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
-from avalanche_firn.experiments.resources import build_backbone, refuse_repeated_classes, stream_normalization
+from avalanche_firn.experiments.resources import (
+    build_backbone,
+    check_lora,
+    refuse_repeated_classes,
+    stream_normalization,
+)
 from avalanche_firn.experiments.resources import build_stream as build_real_stream
 from avalanche_firn.experiments.task_plan import TaskPlan, plan_tasks
 from avalanche_firn.models.backbones import Backbone
@@ -96,6 +101,7 @@ def dry_run(config: Config, *, data: bool = True) -> Iterator[str]:
     if not data:
         config = _random_weights(config)
     backbone = build_backbone(config)
+    check_lora(config, backbone)
     plan = _plan_of(build_real_stream(config, backbone.data_config, config.seeds[0])) if data else _checked_plan(config)
     for method in config.methods:
         seed_everything(config.seeds[0])

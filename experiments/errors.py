@@ -214,11 +214,10 @@ def _walk(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[ty
             models, field = _models(annotation) or models, None
             continue
         candidates = _models(annotation)
-        if candidates and not any(step in model.model_fields for model in candidates):
-            tagged = [model for model in candidates if _tag(model, step)]
-            if len(candidates) > 1 and tagged:  # pydantic puts the tag of a union into the location
-                annotation, models = tagged[0], tagged
-                continue
+        tagged = [model for model in candidates if _tag(model, step)] if len(candidates) > 1 else []
+        if tagged:  # pydantic puts the tag of a union into the location; a section may have a key of that name
+            annotation, models = tagged[0], tagged
+            continue
         if candidates:
             models = candidates
         holder = next((model for model in candidates if step in model.model_fields), None)

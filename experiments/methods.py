@@ -26,21 +26,25 @@ from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.contrastive import with_projection_head
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.lora import LoRAComposition, add_composed_lora
 from avalanche_firn.models.parts import FeatureClassifier
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
 from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
 from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
+from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.losses import LocalCrossEntropy
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.rehearsal import RehearsalPlugin
-from avalanche_firn.plugins.schedules import SchedulerFactory, cosine, multistep
+from avalanche_firn.plugins.schedules import SchedulerFactory, constant, cosine, lagged_cosine, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
+from avalanche_firn.plugins.task_inference import TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
 from avalanche_firn.strategies.cila import CILA
+from avalanche_firn.strategies.lorac_ipc import LoRACIPC
 from avalanche_firn.strategies.lp_ft import LPFT
-from avalanche_firn.strategies.slca import SLCA
+from avalanche_firn.strategies.slca import SLCA, SLCAPlusPlus
 
 __all__ = ["METHODS", "Ingredients", "Method", "build_strategy", "make_optimizer", "make_schedule"]
 
@@ -106,7 +110,9 @@ def make_schedule(config: ScheduleConfig, epochs: int) -> SchedulerFactory | Non
     """The schedule of a configuration as a factory; None for constant rates."""
     if config.name == "multistep":
         return multistep(config.milestones, config.gamma)
-    return cosine(epochs) if config.name == "cosine" else None
+    if config.name == "lagged_cosine":
+        return lagged_cosine(epochs, config.floor)
+    return cosine(epochs, config.floor) if config.name == "cosine" else None
 
 
 def _schedule(parts: Ingredients) -> SchedulerFactory | None:
@@ -149,6 +155,62 @@ def _slca(parts: Ingredients) -> SupervisedTemplate:
         scheduler_factory=_schedule(parts),
         alignment=ClassifierAlignmentPlugin(**settings, seed=parts.config.seeds[0]),
         fresh_final_norm=False,  # backbone.fresh_final_norm decides, for all methods alike
+        plugins=parts.extra_plugins(),
+    )
+
+
+def _slca_plus_plus(parts: Ingredients) -> SupervisedTemplate:
+    method = parts.method
+    return SLCAPlusPlus(
+        **parts.common(parts.model(freeze_old=True)),
+        alpha=method.alpha,
+        beta=method.beta,
+        backbone_scale=method.backbone_scale,
+        first_task_lora_scale=method.first_task_lora_scale,
+        lora_rank=method.lora_rank,
+        lora_scale=method.lora_scale,
+        lora_targets=method.lora_targets,
+        scheduler_factory=_schedule(parts) or constant,
+        alignment=ClassifierAlignmentPlugin(**method.alignment.model_dump(), seed=parts.config.seeds[0]),
+        fresh_final_norm=False,  # backbone.fresh_final_norm decides, for all methods alike
+        plugins=parts.extra_plugins(),
+    )
+
+
+def _lora(parts: Ingredients) -> SupervisedTemplate:
+    """One pair per matrix that stays open over all tasks; the loss covers all classes seen so far."""
+    model = parts.model(freeze_old=parts.method.local_loss)
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    add_composed_lora(model, **parts.method.lora.model_dump())
+    LoRAComposition(model).open_task(torch.Generator().manual_seed(parts.config.seeds[0]))
+    fresh = FreshOptimizerPlugin(scheduler_factory=_schedule(parts))
+    return Naive(
+        **parts.common(model),
+        criterion=LocalCrossEntropy() if parts.method.local_loss else nn.CrossEntropyLoss(),
+        plugins=[fresh, *parts.extra_plugins()],
+    )
+
+
+def _lorac_ipc(parts: Ingredients) -> SupervisedTemplate:
+    method, seed, workers = parts.method, parts.config.seeds[0], parts.training.num_workers
+    importance = method.importance.model_dump()
+    threshold = importance.pop("threshold")
+    tap, inference = method.alignment, method.task_inference
+    return LoRACIPC(
+        **parts.common(parts.model(freeze_old=True)),
+        **method.lora.model_dump(),
+        orthogonality=method.orthogonality,
+        omega_scale=method.omega_scale,
+        clip=method.clip,
+        first_lr=method.first_lr,
+        importance=ImportantParameterPlugin(threshold, **importance),
+        alignment=tap is not None and ClassifierAlignmentPlugin.tap(**tap.model_dump(), seed=seed, num_workers=workers),
+        task_inference=inference is not None
+        and TaskInferencePlugin(**inference.model_dump(), seed=seed, num_workers=workers),
+        scheduler_factory=_schedule(parts) or constant,
+        official_k_gate=method.official_k_gate,
+        seed=seed,
         plugins=parts.extra_plugins(),
     )
 
@@ -243,6 +305,9 @@ METHODS: dict[str, Method] = {
     "linear_probe": Method(_linear_probe),
     "slow_learner": Method(_slow_learner),
     "slca": Method(_slca),
+    "slca_plus_plus": Method(_slca_plus_plus),
+    "lora": Method(_lora),
+    "lorac_ipc": Method(_lorac_ipc),
     "lp_ft": Method(_lp_ft),
     "replay": Method(_replay, replay=True),
     "co2l": Method(_co2l, replay=True, contrastive=True),

@@ -23,6 +23,7 @@ from avalanche_firn.experiments.report_contrastive import (
     contrastive_tables,
 )
 from avalanche_firn.experiments.report_html import html_report
+from avalanche_firn.experiments.report_lora import lora_curves_drawn, lora_facts, lora_tables
 from avalanche_firn.experiments.report_probes import probe_facts, probe_tables, probe_tags
 from avalanche_firn.experiments.report_task_incremental import task_curves, task_facts, task_tables, task_tags
 from avalanche_firn.experiments.results import FIGURES, Group, find_runs, group_runs
@@ -38,7 +39,7 @@ def _curves(groups: Sequence[Group]) -> list[tuple[str, str]]:
     for tag in probe_tags(groups):
         if all(None not in run["curves"].get(tag, [None]) for group in groups for run in group.runs):
             drawn.append((tag, f"mean accuracy over tasks seen after adaptation: {tag.removeprefix('probe/')}"))
-    return drawn + contrastive_curves_drawn(groups)
+    return drawn + contrastive_curves_drawn(groups) + lora_curves_drawn(groups)
 
 
 def label_of(group: Group) -> str:
@@ -90,7 +91,7 @@ def facts(groups: Sequence[Group]) -> list[str]:
         f"Backbone {', '.join(tags)}; device {', '.join(devices)}. {identity} at test time{_replay(groups)}.",
     ]
     diverged = [f"{run['method']} seed {run['seed']}" for run in runs if run["diverged"]]
-    lines += [*task_facts(groups), *probe_facts(groups), *contrastive_facts(groups)]
+    lines += [*task_facts(groups), *probe_facts(groups), *contrastive_facts(groups), *lora_facts(groups)]
     cautions = [
         *mismatches(groups),
         *([f"weights became infinite or NaN in {', '.join(diverged)}"] if diverged else []),
@@ -166,7 +167,13 @@ def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[list[str]
     if differences:
         heading = ["difference of last accuracy", "percent points", "seeds"]
         found.append(("Paired differences (mean ± 95 % interval over common seeds)", heading, differences))
-    return [*found, *task_tables(groups), *probe_tables(groups), *contrastive_tables(groups)]
+    return [
+        *found,
+        *task_tables(groups),
+        *probe_tables(groups),
+        *contrastive_tables(groups),
+        *lora_tables(groups),
+    ]
 
 
 def _markdown(title: str, groups: Sequence[Group], pictures: Sequence[tuple[str, Path]]) -> str:

@@ -6,6 +6,7 @@ answers them like any other wrong configuration.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from avalanche_firn.benchmarks.transforms import (
     timm_transforms,
 )
 from avalanche_firn.evaluation.representation import RepresentationProbe
-from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.config import Config, LoRACIPCConfig, LoRAOnlyConfig, SLCAPlusPlusConfig
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.methods import METHODS
@@ -40,6 +41,7 @@ from avalanche_firn.experiments.sections import (
 )
 from avalanche_firn.models.backbones import Backbone, load_backbone
 from avalanche_firn.models.feature_cache import FeatureCache
+from avalanche_firn.models.lora import add_composed_lora
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "build_backbone",
     "build_probes",
     "build_stream",
+    "check_lora",
     "evaluated_stream",
     "prepare",
     "refuse_repeated_classes",
@@ -249,9 +252,28 @@ def refuse_repeated_classes(config: Config, name: str) -> None:
         ConfigError: there is one in the recipe.
     """
     for i, method in enumerate(config.methods):
-        if method.strategy in ("linear_probe", "slow_learner", "slca"):
+        if method.strategy in ("linear_probe", "slow_learner", "slca", "slca_plus_plus", "lorac_ipc"):
             reason = f"{method.strategy} needs each class in one experience, and {name} repeats classes"
             raise ConfigError(Problem(f"methods[{i}].strategy", reason, "naive, lp_ft or joint on this stream"))
+
+
+def check_lora(config: Config, backbone: Backbone) -> None:
+    """Tries the low-rank layers of all methods on a copy of the backbone.
+
+    Raises:
+        ConfigError: layers that aren't there, a rank that is too large.
+    """
+    for i, method in enumerate(config.methods):
+        targets: list[str] | None
+        if isinstance(method, SLCAPlusPlusConfig):
+            path, targets, rank = "lora_targets", method.lora_targets, method.lora_rank
+        elif isinstance(method, (LoRAOnlyConfig, LoRACIPCConfig)):
+            path, targets, rank = "lora", method.lora.targets, method.lora.rank
+        else:
+            continue
+        whole: dict[str, list[str]] | None = {} if path == "lora_targets" else None  # SLCA++ leaves a fused qkv whole
+        with _as_config_error(f"methods[{i}].{path}"):
+            add_composed_lora(copy.deepcopy(backbone.module), targets, rank, split=whole)
 
 
 @dataclass(frozen=True)
@@ -293,6 +315,7 @@ def prepare(config: Config) -> Prepared:
         )
     seed_everything(config.seeds[0])
     backbone = build_backbone(config)
+    check_lora(config, backbone)
     stream = build_stream(config, backbone.data_config, config.seeds[0])
     build_probes(config, stream, evaluated_stream(config, stream), FeatureCache())
     if sum(stream.task_sizes) != stream.num_classes:

@@ -39,6 +39,7 @@ from avalanche_firn.experiments.contrastive_results import (
 )
 from avalanche_firn.experiments.csv_logger import CsvLogger
 from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
+from avalanche_firn.experiments.lora_results import lora_curves, lora_protocol, lora_results
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
 from avalanche_firn.experiments.progress import ProgressPlugin, RunClock, bars_wanted
 from avalanche_firn.experiments.recipe import dump
@@ -250,7 +251,7 @@ def _results(
     kind = METHODS[method.strategy]
     curves: dict[str, Any] = _curves(matrix) | ({} if given_task is None else _curves(given_task, TASK_PREFIX))
     curves |= {name: curve for probe in recorder.probes for name, curve in probe.curves().items()}
-    curves |= contrastive_curves(strategy, recorder.bound)
+    curves |= contrastive_curves(strategy, recorder.bound) | lora_curves(strategy)
     return {
         "format": FORMAT,
         "recipe": config.name,
@@ -275,6 +276,7 @@ def _results(
             "joint": kind.joint,
             "evaluated": config.evaluation.streams,
             "forgetting": matrix.forgetting_kind,
+            **lora_protocol(config),
         },
         "figures": {name: curve[-1] for name, curve in curves.items()},
         "curves": curves,
@@ -285,6 +287,7 @@ def _results(
             for probe in recorder.probes
         ],
         "contrastive_bound": None if recorder.bound is None else contrastive_bound_results(recorder.bound),
+        "lora": lora_results(strategy),
         "diverged": not all(bool(p.isfinite().all()) for p in strategy.model.parameters()),
         "cost": _cost(recorder.efficiency, strategy, seconds),
     }

@@ -70,6 +70,7 @@ Transforms = Literal[
     "slca_imagenet_r",
     "slca_cub",
     "slca_cars",
+    "lorac",
     "ucl_cifar",
     "ucl_tiny",
     "co2l_cifar",
@@ -77,9 +78,10 @@ Transforms = Literal[
     "co2l_digits",
 ]
 _TRANSFORMS_HELP = (
-    "backbone = from timm's data configuration of the weights; slca_... = the SLCA code's, 224 pixels; ucl_cifar, "
-    "ucl_tiny = the UCL code's, 32 and 64 pixels; co2l_cifar, co2l_tiny, co2l_digits = the Co2L code's, 32, 64 and 28 "
-    "pixels (one grey channel), without augmentation, which follows on the device"
+    "backbone = from timm's data configuration of the weights; slca_... = the SLCA code's, 224 pixels; lorac = "
+    "the LoRAC-IPC code's, 224 pixels, not normalised; ucl_cifar, ucl_tiny = the UCL code's, 32 and 64 pixels; "
+    "co2l_cifar, co2l_tiny, co2l_digits = the Co2L code's, 32, 64 and 28 pixels (one grey channel), without "
+    "augmentation, which follows on the device"
 )
 _AUGMENT_HELP = "with transforms: backbone, random crop, flip and colour jitter while training; timm's ImageNet recipe"
 _TASKS_HELP = "number of experiences (the last takes what remains), or the list of their class counts"
@@ -244,15 +246,20 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The learning-rate schedule of one experience, stepped once per epoch."""
 
-    name: Literal["none", "multistep", "cosine"] = Field(default="none", description="cosine ends at 0")
+    name: Literal["none", "multistep", "cosine", "lagged_cosine"] = Field(
+        default="none", description="lagged_cosine = the LoRAC-IPC code's, one epoch late"
+    )
     milestones: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="multistep only: after how many epochs the rates fall"
     )
     gamma: float = Field(default=0.1, gt=0, le=1, description="multistep only: factor at a milestone; the SLCA code")
+    floor: float = Field(default=0.0, ge=0, description="cosines only: the rate that they end at")
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
         problems = []
+        if self.floor and self.name not in ("cosine", "lagged_cosine"):
+            problems.append(("floor", f"{self.floor} is set, but the schedule is {self.name}", "0"))
         if self.name == "multistep" and not self.milestones:
             problems.append(("milestones", "empty, but the schedule is multistep", "at least one epoch"))
         if self.name != "multistep" and self.milestones:

@@ -19,6 +19,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("lp_ft.py", ["--no-probe"], "points lost on earlier tasks"),
         ("cila.py", [], "certified to lie between"),
         ("cila.py", ["--constant"], "coefficient 1.000"),
+        ("lorac_ipc.py", [], "sent to their own task; frozen from now on: backbone.blocks."),
+        ("lorac_ipc.py", ["--newest"], "composed.safetensors: 2.8 MiB, features differ by"),
     ],
 )
 def test_example(name, arguments, said, tmp_path):

@@ -78,6 +78,26 @@ def test_training_presets(name):
     assert pickle.loads(pickle.dumps(pair)).eval(picture()).shape == (3, 224, 224)
 
 
+def test_lorac_images_are_not_normalised():
+    pair, image = preset_transforms("lorac"), picture()
+    resized = image.resize((int(256 * 80 / 60), 256), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - 224) / 2), 16
+    expected = torch.from_numpy(np.array(resized.crop((left, top, left + 224, top + 224)))).permute(2, 0, 1) / 255
+    assert pair.eval(image).dtype == torch.float32 and torch.equal(pair.eval(image), expected)
+    torch.manual_seed(0)
+    first, second = pair.train(image), pair.train(image)
+    assert first.shape == (3, 224, 224) and not torch.equal(first, second)
+    assert all(view.min() >= 0 and view.max() <= 1 for view in (first, second))
+    torch.manual_seed(0)
+    assert torch.equal(pair.train(image), first)
+    crop = steps(pair.train, transforms.RandomResizedCrop)
+    assert tuple(crop.size) == (224, 224) and tuple(crop.scale) == (0.05, 1.0) and tuple(crop.ratio) == (3 / 4, 4 / 3)
+    assert crop.interpolation == transforms.InterpolationMode.BILINEAR  # what torchvision takes if nothing is said
+    assert steps(pair.train, transforms.RandomHorizontalFlip).p == 0.5
+    assert not any(isinstance(step, (transforms.Normalize, transforms.ColorJitter)) for step in pair.train.transforms)
+    assert pickle.loads(pickle.dumps(pair)).eval(image).equal(pair.eval(image))
+
+
 def test_training_presets_have_the_parameters_of_the_card():
     cifar, rendition, birds = (preset_transforms(n).train for n in ("slca_cifar", "slca_imagenet_r", "slca_cub"))
     for transform in (cifar, rendition):
@@ -194,5 +214,5 @@ def test_refuses():
         timm_transforms(CONFIG, augment=False, hflip=0.1)
     with pytest.raises(StreamError, match="'slca_cifr' is unknown; nearest: slca_cifar"):
         preset_transforms("slca_cifr")
-    assert set(TRANSFORM_PRESETS) == {*STATISTICS, *UCL_SIZES, *CO2L, "co2l_digits"}
+    assert set(TRANSFORM_PRESETS) == {*STATISTICS, "lorac", *UCL_SIZES, *CO2L, "co2l_digits"}
     assert set(TRANSFORM_PRESETS) < set(get_args(Transforms))  # what a recipe may name

@@ -112,7 +112,8 @@ def test_results(finished: Path) -> None:
     found = json.loads((finished / "slca" / "seed-0" / "results.json").read_text())
     assert found["protocol"] | {"evaluated": "", "forgetting": ""} == {
         "task_identity_at_test": False, "task_incremental_figures": False, "replay": False, "replay_slots": None,
-        "joint": False, "evaluated": "", "forgetting": "",
+        "joint": False, "evaluated": "", "forgetting": "", "task_inference": False, "batchwise_vote": False,
+        "official_k_gate": False,
     }  # fmt: skip
     from avalanche_firn.benchmarks.streams import class_order
 

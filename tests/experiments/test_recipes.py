@@ -23,13 +23,15 @@ def test_shipped_recipes_are_valid_and_described(name: str) -> None:
 
 
 # a recipe with 500 stored images differs from its twin with 200 in the buffer alone, see below
-TWINS = [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_500")) for name in SHIPPED]
+LARGE = ("lorac_ipc_", "slca_plus_plus_")  # ViT-B/16, a quarter of a minute for a method
+LATER = [name for name in SHIPPED if name.endswith("_500") or name.startswith(LARGE)]
+DRY_RUNS = [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in SHIPPED]
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", DRY_RUNS)
 def test_shipped_recipes_train_two_steps_without_their_data(name: str, capsys) -> None:
     """Small batches: at 224 pixels a ResNet-50 takes half a second for one image, and 64 pixels are slow too."""
-    config, size = load_recipe(name), 1 if name.startswith(("lp_ft_regions", "co2l_seq_tiny")) else 2
+    config, size = load_recipe(name), 1 if name.startswith(("lp_ft_regions", "co2l_seq_tiny", *LARGE)) else 2
     own = [method.name for method in config.methods if method.training.batch_size is not None]
     batches = [f"{place}training.batch_size={size}" for place in ("", *(f"methods.{label}." for label in own))]
     words = [*batches, "training.num_workers=0", "threads=1", "device=cpu"]
@@ -38,6 +40,15 @@ def test_shipped_recipes_train_two_steps_without_their_data(name: str, capsys) -
     for method in config.methods:
         assert f"{method.name}: " in told
     assert "images not read" in told and f"backbone  {config.backbone.name} (weights not read)" in told
+
+
+@pytest.mark.parametrize("name", ["lorac_ipc_five_datasets", "slca_plus_plus_cars196"])
+def test_recipes_for_a_large_transformer_train_two_steps_of_a_small_one(name: str, capsys) -> None:
+    words = ["backbone.name=vit_tiny_patch16_224", "training.batch_size=1", "training.num_workers=0", "threads=1"]
+    assert main(["check", name, "--dry-run", "--no-data", "device=cpu", *words]) == 0
+    told = capsys.readouterr().out
+    for method in load_recipe(name).methods:
+        assert f"{method.name}: 4 training steps and an evaluation" in told
 
 
 @pytest.mark.parametrize(
@@ -66,11 +77,103 @@ def test_recipes_have_the_tasks_of_the_public_code(name: str, sizes: tuple, imag
     assert _shape(config, build_backbone(config)) == images
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "order"),
+    [
+        ("lorac_ipc_cifar100", (10,) * 10, False),
+        ("lorac_ipc_cifar100_in21k", (10,) * 10, False),
+        ("lorac_ipc_cifar100_mocov3", (10,) * 10, False),
+        ("lorac_ipc_imagenet_r", (20,) * 10, "natural"),
+        ("lorac_ipc_imagenet_r_mocov3", (20,) * 10, "natural"),
+        ("lorac_ipc_five_datasets", (10,) * 5, "natural"),
+        ("lorac_ipc_domainnet", (69,) * 5, "natural"),
+        ("slca_plus_plus_cifar100", (10,) * 10, None),
+        ("slca_plus_plus_imagenet_r", (20,) * 10, "seeded"),
+        ("slca_plus_plus_cub200", (20,) * 10, "seeded"),
+        ("slca_plus_plus_cars196", (20,) * 9 + (16,), "seeded"),
+    ],
+)
+def test_recipes_of_lora_methods_have_the_protocol_of_the_public_code(name: str, sizes: tuple, order: object) -> None:
+    """Tasks, class order (Avalanche's own benchmarks: whether they shuffle), seeds, size of the images."""
+    from PIL import Image
+
+    from avalanche_firn.benchmarks.transforms import preset_transforms
+    from avalanche_firn.experiments.task_plan import plan_tasks
+
+    config = load_recipe(name)
+    plan = plan_tasks(config.stream)
+    assert plan.sizes == sizes and not plan.repeats
+    if config.stream.name == "avalanche":
+        assert config.stream.arguments.get("shuffle") is order and "seed" not in config.stream.arguments
+    else:
+        assert config.stream.class_order == order
+    assert config.seeds == ([42, 44, 40] if name.startswith("lorac") else [1993, 1996, 1997])
+    image = preset_transforms(config.stream.transforms).eval(Image.new("RGB", (64, 64), "white"))
+    assert image.shape == (3, 224, 224)
+    assert bool((image == 1).all()) is (config.stream.transforms == "lorac")
+
+
+def test_lora_recipes_have_the_values_of_the_public_code() -> None:
+    """What the rates are made of, the defaults' own row, and what tells the methods of a recipe apart."""
+    from avalanche_firn.experiments.config import LoRACIPCConfig
+
+    raw = {
+        "lorac_ipc_cifar100": 0.006, "lorac_ipc_cifar100_in21k": 0.02, "lorac_ipc_cifar100_mocov3": 0.01,
+        "lorac_ipc_imagenet_r": 0.006, "lorac_ipc_imagenet_r_mocov3": 0.01, "lorac_ipc_five_datasets": 0.01,
+        "lorac_ipc_domainnet": 0.006,
+    }  # fmt: skip
+    assert sorted(raw) == sorted(name for name in SHIPPED if name.startswith("lorac_ipc"))
+    for name, rate in raw.items():
+        training = load_recipe(name).training
+        assert training.optimizer.lr == pytest.approx(rate * 64 / 256, rel=1e-12)
+        assert training.optimizer.name == "adam" and training.optimizer.weight_decay == 0
+        assert (training.schedule.name, training.schedule.floor, training.batch_size) == ("lagged_cosine", 1e-5, 128)
+    default = LoRACIPCConfig(name="lorac_ipc", strategy="lorac_ipc").model_dump()
+    targets = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    first = load_recipe("lorac_ipc_cifar100").methods[0].model_dump()
+    assert first == default | {"lora": default["lora"] | {"targets": targets}}
+    for name, own in (("cifar100", set()), ("imagenet_r", set()), ("imagenet_r_mocov3", {"orthogonality"})):
+        ipc, plain = (method.model_dump() for method in load_recipe(f"lorac_ipc_{name}").methods)
+        assert {key for key in ipc if ipc[key] != plain[key]} == {"name", "importance"} | own
+        assert plain["importance"] == ipc["importance"] | {"threshold": 0.0} != ipc["importance"]
+    plain, voting = load_recipe("lorac_ipc_cifar100_in21k").methods
+    assert voting.task_inference.batchwise_vote and not plain.task_inference.batchwise_vote and "vote" in voting.name
+    assert load_recipe("lorac_ipc_domainnet").methods[0].task_inference is None
+
+
+@pytest.mark.parametrize("name", ["cifar100", "imagenet_r", "cub200", "cars196"])
+def test_slca_plus_plus_recipes_have_the_values_of_the_public_code(name: str, golden) -> None:
+    """The rates of a task are those of the golden tables."""
+    import numpy as np
+    import torch
+
+    from avalanche_firn.experiments.methods import make_schedule
+
+    config = load_recipe(f"slca_plus_plus_{name}")
+    plus, slca = config.methods
+    assert plus.alignment.weight_decay == config.training.optimizer.weight_decay
+    assert plus.alignment.temperature == slca.alignment.temperature == (0.05 if name == "cars196" else 0.1)
+    assert config.training_of(slca).optimizer.weight_decay == slca.alignment.weight_decay == 5e-4
+    short = {"cifar100": "cifar", "imagenet_r": "imgnetr", "cub200": "cub", "cars196": "cars"}[name]
+    for task in (0, 1):
+        pairs = plus.first_task_lora_scale if task == 0 else plus.backbone_scale
+        rates = [config.training.optimizer.lr * scale for scale in (pairs, plus.backbone_scale, 1.0)]
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": rate} for rate in rates])
+        schedule = make_schedule(config.training.schedule, config.training.epochs)(optimizer)
+        found = []
+        for _ in range(config.training.epochs):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        table = golden("slca", "lr_tables")[f"slcapp_{short}_lora_task{task}"]  # columns A, B, other tensors, head
+        np.testing.assert_allclose(found, table[:, [0, 2, 3]], rtol=0, atol=1e-12)
+
+
 def test_recipes_of_papers_say_where_every_value_comes_from() -> None:
     """Every line with a value has a comment; those of the header and lines that open a section aside."""
     free = {"name", "description", "benchmark", "root", "strategy", "streams", "split", "eval_batch_size", "adapt"}
     for name in SHIPPED:
-        if not name.startswith(("lp_ft", "co2l", "cila")):
+        if not name.startswith(("lp_ft", "co2l", "cila", "lorac_ipc", "slca_plus_plus")):
             continue
         for line in read_recipe(name).splitlines():
             key, _, value = line.strip().removeprefix("- ").partition(":")

@@ -19,6 +19,10 @@ WRONG = {
         ["methods.slca.aligment.lr", "did you mean methods.slca.alignment.lr?"],
     ),
     "key of another method": (["methods.naive.backbone_scale=0.1"], ["methods[0].backbone_scale", "unknown key"]),
+    "method that is called like another one's section": (
+        ["methods.linear_probe.local_loss=3", "methods=[linear_probe,lp_ft]"],
+        ["methods[0].local_loss: 3", "true or false"],
+    ),
     "unknown label": (["methods.scla.alignment.lr=1"], ["methods.scla", "did you mean slca?", "naive"]),
     "unknown strategy": (["methods=[naive,slcaa]"], ["methods[1].strategy", "'slcaa'", "did you mean slca?"]),
     "text for a number": (["training.epochs='3'"], ["training.epochs", "'3'", "a whole number, at least 1"]),
