@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from avalanche.benchmarks import class_incremental_benchmark, nc_benchmark, task_incremental_benchmark, with_task_labels
 from avalanche.benchmarks.utils import concat_datasets
@@ -34,18 +35,24 @@ from avalanche_firn.benchmarks import ContrastiveAugmentation
 from avalanche_firn.benchmarks.domains import build_domain_stream
 from avalanche_firn.evaluation import RepresentationDrift, RepresentationProbe
 from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.lora import LoRAComposition
 from avalanche_firn.models.parts import FeatureClassifier
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
+from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
 from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
 from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
+from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.plain_state import differing_state
 from avalanche_firn.plugins.strategy_state import capture_strategy
+from avalanche_firn.plugins.task_inference import TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
 from avalanche_firn.strategies.cila import CILA
+from avalanche_firn.strategies.lorac_ipc import LoRACIPC
 from avalanche_firn.strategies.lp_ft import LPFT
 from avalanche_firn.strategies.slca import SLCA
+from avalanche_firn.strategies.slca_plus_plus import SLCAPlusPlus
 
 X, Y = load_digits(return_X_y=True)
 X, Y = torch.tensor(X, dtype=torch.float32) / 16, torch.tensor(Y)
@@ -87,9 +94,9 @@ def dataset(part: slice, kind: type = TensorDataset):
     return data
 
 
-def stream(kind: type = TensorDataset, train: int = 128, **kwargs: Any):
+def stream(kind: type = TensorDataset, train: int = 128, *, test: type = TensorDataset, **kwargs: Any):
     """Three experiences of 4, 3 and 3 classes, with task labels."""
-    parts = {"train": dataset(slice(0, train), kind), "test": dataset(slice(400, 450))}
+    parts = {"train": dataset(slice(0, train), kind), "test": dataset(slice(400, 450), test)}
     order = [3, 1, 7, 0, 9, 2, 8, 4, 6, 5]
     return with_task_labels(class_incremental_benchmark(parts, class_order=order, num_classes_per_exp=[4, 3, 3]))
 
@@ -381,10 +388,71 @@ def cila_domains(plugins, loggers=()):
     return contrastive(bm, plugins, loggers, rule={"domain_incremental": True}, storage="reservoir")
 
 
+def squares():
+    """12, 8 and 8 steps in two epochs of the experiences."""
+    return stream(Squares, test=Squares)
+
+
+def vit(**kwargs: Any) -> nn.Module:
+    """Five tokens; twelve matrices to adapt."""
+    shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **{**shape, **kwargs})
+
+
+class Importance(SupervisedPlugin):
+    """Statistics and frozen matrices after every step: they become part of the state that is compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def after_update(self, strategy, **kwargs):
+        own = next(p for p in strategy.plugins if isinstance(p, ImportantParameterPlugin))
+        composition = LoRAComposition(strategy.model)
+        tasks = [composition.num_tasks, composition.num_closed]
+        self.seen.append({"tracker": own.tracker.state_dict(), "frozen": composition.frozen, "tasks": tasks})
+
+
+def lorac_ipc(plugins, loggers=(), **kwargs):
+    """Importance is tracked in the last five steps of an experience, from step 7, 15 and 23 of the run on."""
+    model = vit(proj_drop_rate=0.1)
+    bm = squares()
+    strategy = LoRACIPC(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+        rank=2,
+        importance=ImportantParameterPlugin(0.2, window=5),
+        alignment=ClassifierAlignmentPlugin.tap(epochs=3, samples_per_class=16, clusters=2),
+        task_inference=TaskInferencePlugin(2),
+        plugins=[Importance(), *plugins],
+        evaluator=evaluator(*loggers),
+        **{**COMMON, **kwargs},
+    )
+    return strategy, bm, {"eval_streams": [bm.test_stream] if "eval_every" in kwargs else []}
+
+
+def lorac_ipc_evaluated(plugins, loggers=()):
+    """Evaluations within a task, with weights that are still open, and at its end."""
+    return lorac_ipc(plugins, loggers, eval_every=1)
+
+
+def slca_plus_plus(plugins, loggers=(), **kwargs):
+    """One open pair per qkv for the whole stream."""
+    bm = squares()
+    strategy = SLCAPlusPlus(
+        model=vit(proj_drop_rate=0.1),
+        alignment=ClassifierAlignmentPlugin(epochs=3, samples_per_class=16, scaling="feature"),
+        plugins=plugins,
+        evaluator=evaluator(*loggers),
+        **{**COMMON, **kwargs},
+    )
+    return strategy, bm, {"eval_streams": [bm.test_stream] if "eval_every" in kwargs else []}
+
+
 RECIPES = [
     naive_adam, growing, growing_by_iteration, early_stopping, stopped_epochs, ewc, synaptic_intelligence, workers,
     lasting_workers, augmented, slca, slca_evaluated, slca_bf16, head_per_task, lp_ft, lp_ft_one_optimizer,
-    cila, cila_task, cila_final_model, cila_domains,
+    cila, cila_task, cila_final_model, cila_domains, lorac_ipc, slca_plus_plus,
 ]  # fmt: skip
 
 
@@ -422,7 +490,7 @@ def crash(recipe, folder, hook, count, **kwargs):
 def state_of(strategy) -> dict[str, Any]:
     """The whole state; the bomb's own entry has no state, the checkpoint plugin is left out."""
     state = capture_strategy(strategy)
-    state["plugins"] = [p for p in state["plugins"] if "checkpoint" not in p["class"]]
+    state["plugins"] = [p for p in state["plugins"] if not p["class"].endswith(".ExactCheckpointPlugin")]
     return state
 
 

@@ -15,6 +15,7 @@ from avalanche.logging import BaseLogger, InteractiveLogger
 from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
+from avalanche_firn.models.lora import LoRAComposition
 from avalanche_firn.plugins import checkpoint_files
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import checkpoints
@@ -28,6 +29,8 @@ from checkpoint_recipes import (
     assert_same,
     crash,
     growing,
+    lorac_ipc,
+    lorac_ipc_evaluated,
     mlp,
     naive_adam,
     play,
@@ -35,6 +38,7 @@ from checkpoint_recipes import (
     sgd,
     slca,
     slca_evaluated,
+    slca_plus_plus,
     stream,
 )
 
@@ -92,6 +96,32 @@ def test_resume_from_any_hook(hook, count, tmp_path, references):
 def test_resume_where_a_head_grows_in_an_evaluation(hook, count, tmp_path, references):
     crash(growing, tmp_path, hook, count)
     assert_same(play(growing, tmp_path, seed=99), references(growing))
+
+
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [
+        ("before_training_exp", 2), ("after_update", 11), ("after_update", 18), ("after_training_epoch", 4),
+        ("before_eval_forward", 10), ("after_eval_forward", 4),
+    ],
+)  # fmt: skip
+def test_resume_from_any_hook_of_lora_composition(hook, count, tmp_path, references):
+    """A pair has just been opened; in the window of importance; a task has been closed, its matrices frozen; in
+    evaluations, also between the two passes of task inference."""
+    crash(lorac_ipc_evaluated, tmp_path, hook, count)
+    assert_same(play(lorac_ipc_evaluated, tmp_path, seed=99), references(lorac_ipc_evaluated))
+
+
+@pytest.mark.parametrize("recipe", [lorac_ipc, slca_plus_plus], ids=lambda r: r.__name__)
+def test_a_task_that_is_opened_again_and_again(recipe, tmp_path, references):
+    opening = ("before_train_dataset_adaptation", "before_training_exp", "before_training_epoch")
+    crash(recipe, tmp_path, "before_backward", 18)
+    for n, hook in enumerate((*opening, "before_forward", *opening)):
+        crash(recipe, tmp_path, hook, 1, seed=n)
+    strategy, results = play(recipe, tmp_path, seed=99)
+    assert_same((strategy, results), references(recipe))
+    layers = LoRAComposition(strategy.model)
+    assert (layers.num_tasks, layers.num_closed) == ((3, 3) if recipe is lorac_ipc else (1, 0))
 
 
 def test_a_run_that_crashes_again_and_again(tmp_path, references):

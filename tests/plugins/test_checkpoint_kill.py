@@ -36,7 +36,9 @@ PRELOAD = [
     "pytest",
     "avalanche_firn.plugins.checkpoint",
     "avalanche_firn.strategies.cila",
+    "avalanche_firn.strategies.lorac_ipc",
     "avalanche_firn.strategies.slca",
+    "avalanche_firn.strategies.slca_plus_plus",
     "tensorboard.backend.event_processing.event_accumulator",
 ]
 
@@ -91,10 +93,12 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     from avalanche.training.plugins import SupervisedPlugin
     from safetensors.torch import save_file
 
-    from avalanche_firn.plugins import checkpoint_files, linear_probe
+    from avalanche_firn.plugins import checkpoint_files, classifier_alignment, linear_probe
     from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
     from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
     from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
+    from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
+    from avalanche_firn.plugins.task_inference import TaskInferencePlugin
 
     torch.set_num_threads(1)
     run = Path(folder)
@@ -107,6 +111,7 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     checkpoint_files.cut_back = mark.around(checkpoint_files.cut_back)
 
     linear_probe.write_probe = mark.around(linear_probe.write_probe, "probing")
+    classifier_alignment.align_classifier = mark.around(classifier_alignment.align_classifier, "aligning")
 
     def loss(losses: Any, output: torch.Tensor, targets: torch.Tensor) -> str:
         if losses._views is None:
@@ -116,9 +121,15 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     def fit(stage: Any, strategy: Any, *args: Any) -> str:  # a batch of features inside the classifier stage
         return f"fit-{strategy.experience.current_experience}"
 
+    def step(importance: Any, strategy: Any) -> str:
+        return f"{'window' if importance._recording else 'plain'}-{strategy.experience.current_experience}"
+
     for owner, name, phase in (
         (ContrastiveDistillationPlugin, "__call__", loss),
         (ClassifierStagePlugin, "_features", fit),
+        (ImportantParameterPlugin, "after_update", step),
+        (TaskInferencePlugin, "_measure", "measuring"),
+        (TaskInferencePlugin, "_second_pass", "inferring"),
     ):
         setattr(owner, name, mark.around(getattr(owner, name), phase))
 
@@ -151,10 +162,12 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     strategy.evaluator.loggers[0].writer.close()
     save_file({k: v.contiguous() for k, v in strategy.model.state_dict().items()}, run / "weights.safetensors")
     (run / "results.json").write_text(json.dumps({k: repr(v) for k, v in sorted(results.items())}))
-    # the whole state where the optimizer lives through the stream; a rebuilt one is gone after the last experience
-    kept = isinstance(strategy._criterion, ContrastiveDistillationPlugin)
-    state = fingerprint(recipes.state_of(strategy)) if kept else {}
-    (run / "state.json").write_text(json.dumps(state, sort_keys=True))
+    state = recipes.state_of(strategy)
+    if any(getattr(p, "rebuilds_optimizer", False) for p in strategy.plugins):  # gone after the last experience
+        del state["optimizer"]
+        for plugin in state["plugins"]:
+            (plugin["state"] or {}).pop("scheduler", None)
+    (run / "state.json").write_text(json.dumps(fingerprint(state), sort_keys=True))
     mark("done")
 
 
@@ -240,10 +253,16 @@ def test_the_run_covers_what_is_to_be_killed(references):
         ("growing", 6),
         ("lp_ft", 6),
         ("cila", 4),
+        ("lorac_ipc", 4),
+        ("slca_plus_plus", 4),
         pytest.param("slca_evaluated", 200, marks=pytest.mark.slow),
         *(
             pytest.param(f"cila{name}", 60, marks=pytest.mark.slow)
             for name in ("", "_task", "_final_model", "_domains")
+        ),
+        *(
+            pytest.param(recipe, 60, marks=pytest.mark.slow)
+            for recipe in ("lorac_ipc", "lorac_ipc_evaluated", "slca_plus_plus")
         ),
     ],
 )
@@ -326,3 +345,38 @@ def test_what_the_stories_of_contrastive_runs_tell(references):
     assert rehearsal["places"].startswith("torch.int64 (12, 2)")
     assert b"classifier/accuracy" in results
     assert {"cila/coefficient", "cila/ratio", "loss/distillation", "classifier/loss"} <= {tag for tag, _, _ in events}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "places"),
+    [
+        (
+            "lorac_ipc",
+            [
+                ("plain-0", 9), ("window-0", 7), ("measuring", 2), ("between", 1), ("inferring", 1), ("plain-1", 3),
+                ("window-1", 7), ("aligning", 1), ("evaluating", 12), ("window-2", 5), ("aligning", 2),
+                ("inferring", 5),
+            ],
+        ),
+        ("slca_plus_plus", [("training", 70), ("between", 1), ("training", 40), ("aligning", 1), ("aligning", 2)]),
+    ],
+)  # fmt: skip
+def test_kills_in_every_phase_of_low_rank_methods(recipe, places, references, tmp_path):
+    """One chain: before the window of importance and in it, in the first and in the last epoch, in the passes at the
+    end of a task, in alignment, between experiences, in evaluations. Two marks per step, checkpoints every three."""
+    expected, _, _ = references(recipe)
+    draws = iter([*({"only": phase, "kill_at": count} for phase, count in places), {}])
+    assert kill_until_done(tmp_path / recipe / "run", lambda: next(draws), expected) == [phase for phase, _ in places]
+
+
+def test_what_the_stories_of_low_rank_runs_tell(references):
+    """Statistics of every step in which they were tracked, the matrices that were frozen, evaluations by task."""
+    (_, _, state, events), _, _ = references("lorac_ipc")
+    plugins = {p["class"].split(".")[-1].strip("'"): p["state"] for p in json.loads(state)["plugins"]}
+    seen = plugins["Importance"]["attributes"]["seen"]
+    windows = [*range(7, 12), *range(15, 20), *range(23, 28)]
+    assert [step for step, kept in enumerate(seen) if kept["tracker"]["names"]] == windows
+    assert len({json.dumps(kept["tracker"]) for kept in seen}) == len(windows) + 1
+    assert [kept["tasks"] for kept in seen] == 12 * [["1", "0"]] + 8 * [["2", "1"]] + 8 * [["3", "2"]]
+    assert [len(names) for names in plugins["ImportantParameterPlugin"]["frozen_after"]] == [2, 4, 6]
+    assert {"lorac/frozen", "lorac/task-inference", "lorac/overlap/cosine"} <= {tag for tag, _, _ in events}
