@@ -6,7 +6,7 @@ from setuptools import setup
 
 FOLDERS = ("models", "benchmarks", "plugins", "evaluation", "strategies", "experiments")
 ROOT = Path(__file__).parent
-TESTS = ["pytest>=8", "hypothesis>=6.100", "peft>=0.15"]  # peft: exported adapters are loaded back
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15"]  # peft: adapters are loaded back
 
 setup(
     name="avalanche-firn",
