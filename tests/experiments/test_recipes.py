@@ -84,6 +84,7 @@ def test_recipes_have_the_tasks_of_the_public_code(name: str, sizes: tuple, imag
         ("lorac_ipc_cifar100_in21k", (10,) * 10, False),
         ("lorac_ipc_cifar100_mocov3", (10,) * 10, False),
         ("lorac_ipc_imagenet_r", (20,) * 10, "natural"),
+        ("lorac_ipc_imagenet_r_in21k", (20,) * 10, "natural"),
         ("lorac_ipc_imagenet_r_mocov3", (20,) * 10, "natural"),
         ("lorac_ipc_five_datasets", (10,) * 5, "natural"),
         ("lorac_ipc_domainnet", (69,) * 5, "natural"),
@@ -120,7 +121,7 @@ def test_lora_recipes_have_the_values_of_the_public_code() -> None:
     raw = {
         "lorac_ipc_cifar100": 0.006, "lorac_ipc_cifar100_in21k": 0.02, "lorac_ipc_cifar100_mocov3": 0.01,
         "lorac_ipc_imagenet_r": 0.006, "lorac_ipc_imagenet_r_mocov3": 0.01, "lorac_ipc_five_datasets": 0.01,
-        "lorac_ipc_domainnet": 0.006,
+        "lorac_ipc_imagenet_r_in21k": 0.02, "lorac_ipc_domainnet": 0.006,
     }  # fmt: skip
     assert sorted(raw) == sorted(name for name in SHIPPED if name.startswith("lorac_ipc"))
     for name, rate in raw.items():
@@ -132,7 +133,8 @@ def test_lora_recipes_have_the_values_of_the_public_code() -> None:
     targets = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
     first = load_recipe("lorac_ipc_cifar100").methods[0].model_dump()
     assert first == default | {"lora": default["lora"] | {"targets": targets}}
-    for name, own in (("cifar100", set()), ("imagenet_r", set()), ("imagenet_r_mocov3", {"orthogonality"})):
+    pairs = [("cifar100", set()), ("imagenet_r", set()), ("imagenet_r_in21k", set())]
+    for name, own in (*pairs, ("imagenet_r_mocov3", {"orthogonality"})):
         ipc, plain = (method.model_dump() for method in load_recipe(f"lorac_ipc_{name}").methods)
         assert {key for key in ipc if ipc[key] != plain[key]} == {"name", "importance"} | own
         assert plain["importance"] == ipc["importance"] | {"threshold": 0.0} != ipc["importance"]
