@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.evaluation.metric_results import MetricValue
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,7 +40,7 @@ class LoRACompositionPlugin(FreshOptimizerPlugin, supports_distributed=False):  
     :param optimizer_factory: see :class:`FreshOptimizerPlugin`. :param scheduler_factory: likewise.
     :param seed: of the random values in new pairs.
     :param head_name: dotted name of the classifier, see :func:`avalanche_firn.models.parts.find_parts`.
-    :raises ValueError: the model has no composed layer; a setting out of range.
+    :raises ValueError: the model has no composed layer; a setting out of range; an online stream.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class LoRACompositionPlugin(FreshOptimizerPlugin, supports_distributed=False):  
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Open the task before Avalanche looks at the parameters (a resumed run comes with an open one)."""
+        if isinstance(strategy.experience, OnlineCLExperience):
+            raise ValueError(
+                "the experience is a piece of an online stream; LoRA composition opens a pair per experience and "
+                "accepts whole tasks"
+            )
         composition = self._layers(strategy)
         if composition.num_closed == composition.num_tasks:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, composition.num_tasks))

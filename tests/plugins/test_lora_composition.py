@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from avalanche.benchmarks import split_online_stream
 from avalanche.training.plugins import EWCPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
@@ -227,6 +228,14 @@ class Start(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         if strategy.clock.train_exp_epochs == 0:
             self.states.append(state(strategy))
+
+
+def test_online_streams_are_refused(benchmark):
+    online = split_online_stream(benchmark.train_stream, experience_size=8)
+    strategy = naive([LoRACompositionPlugin()])
+    with pytest.raises(ValueError, match="a piece of an online stream; LoRA composition opens a pair per experience"):
+        strategy.train(next(iter(online)), eval_streams=[])
+    assert layers(strategy).num_tasks == 0
 
 
 def test_new_pairs_depend_on_the_seed_and_the_task_alone(benchmark):
