@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avalanche_firn.plugins.feature_checks import check_features, check_jitter, fill_normal, to_float64
+
 _CHUNK = 16  # classes per product while sampling: keeps the extra memory small and in the cache
 _COLUMNS = 192  # width of the column blocks in which a triangular factor is applied: skips most of its zeros
 
@@ -42,7 +44,7 @@ def class_statistics(features: Tensor, jitter: float = 1e-4) -> tuple[Tensor, Te
         TypeError: ``features`` isn't a floating-point tensor.
         ValueError: ``features`` isn't 2-d, is empty or not finite; ``jitter`` is negative or not finite.
     """
-    _check_jitter(jitter)
+    check_jitter(jitter)
     mean, centred = _centre(features, "features")
     covariance = _covariance(centred)
     covariance.diagonal().add_(jitter)
@@ -75,7 +77,7 @@ class ClassGaussians:
     ) -> None:
         if form not in ("low_rank", "cholesky"):
             raise ValueError(f"form: {form!r} is not accepted, use 'low_rank' or 'cholesky'")
-        _check_jitter(jitter)
+        check_jitter(jitter)
         if dtype is not None and dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: {dtype} is not accepted, use torch.float32, torch.float64 or None")
         self.form, self.jitter, self.relative_jitter, self.dtype = form, float(jitter), bool(relative_jitter), dtype
@@ -134,14 +136,14 @@ class ClassGaussians:
                 not symmetric or not positive definite.
         """
         class_id = self._new_id(class_id, replace)
-        _check_features(mean, f"mean of class {class_id}", 1)
-        _check_features(covariance, f"covariance of class {class_id}", 2)
+        check_features(mean, f"mean of class {class_id}", "d")
+        check_features(covariance, f"covariance of class {class_id}", "n, d")
         if covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"covariance of class {class_id}: got {tuple(covariance.shape)} for {len(mean)} features")
-        matrix = _float64(covariance)
+        matrix = to_float64(covariance)
         if not torch.allclose(matrix, matrix.T, rtol=1e-4, atol=1e-6 * float(matrix.abs().max())):
             raise ValueError(f"covariance of class {class_id}: not symmetric")
-        self._store(class_id, _upper_factor((matrix + matrix.T) / 2, class_id), _float64(mean), 0.0, mean)
+        self._store(class_id, _upper_factor((matrix + matrix.T) / 2, class_id), to_float64(mean), 0.0, mean)
 
     def mean(self, class_ids: Iterable[int] | Tensor) -> Tensor:
         """Means of the classes, (len(class_ids), d). KeyError for unknown, ValueError for repeated or no ids."""
@@ -150,7 +152,7 @@ class ClassGaussians:
     def covariance(self, class_id: int) -> Tensor:
         """Covariance (d, d) of one class, jitter included, multiplied out in float64. KeyError if unknown."""
         (class_id,) = self._known([class_id])
-        factor = _float64(self._rows[class_id][:-1])
+        factor = to_float64(self._rows[class_id][:-1])
         covariance = factor.T @ factor
         covariance.diagonal().add_(self._noise[class_id] ** 2)
         return covariance.to(self._rows[class_id])
@@ -196,7 +198,7 @@ class ClassGaussians:
         scale = like.new_ones(len(ids)) if mean_scale is None else mean_scale.to(like)
         if scale.shape != (len(ids),):
             raise ValueError(f"mean_scale: expected shape ({len(ids)},), got {tuple(scale.shape)}")
-        _fill_normal(out, generator)
+        fill_normal(out, generator)
         groups: dict[int, list[int]] = {}
         for position, class_id in enumerate(ids):
             groups.setdefault(len(self._rows[class_id]), []).append(position)
@@ -316,22 +318,13 @@ def _transform(
         return
     # The mean is the last row, so its factor takes the place of the last normal and one product does everything.
     coordinates = block.new_empty(k, n, rank + 1)
-    _fill_normal(coordinates, generator)
+    fill_normal(coordinates, generator)
     coordinates[:, :, -1] = scale[:, None]
     if len(set(noise)) > 1:
         block.mul_(block.new_tensor(noise)[:, None, None])
         block.baddbmm_(coordinates, rows)
     else:
         block.baddbmm_(coordinates, rows, beta=noise[0])
-
-
-def _fill_normal(out: Tensor, generator: torch.Generator | None) -> None:
-    """Fill with standard normals, always drawn in float32 so that both storage dtypes see the same noise."""
-    device = out.device if generator is None else generator.device
-    if out.dtype == torch.float32 and out.device.type == device.type:
-        out.normal_(generator=generator)
-    else:
-        out.copy_(torch.randn(out.shape, generator=generator, device=device, dtype=torch.float32))
 
 
 def _contrasts(centred: Tensor) -> Tensor:
@@ -362,28 +355,7 @@ def _upper_factor(covariance: Tensor, class_id: int) -> Tensor:
 
 def _centre(features: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Mean (d,) and centred features (n, d), both float64."""
-    _check_features(features, name, 2)
-    features = _float64(features)
+    check_features(features, name, "n, d")
+    features = to_float64(features)
     mean = features.mean(0)
     return mean, features - mean
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # mps has no float64
-
-
-def _check_features(tensor: Tensor, name: str, ndim: int) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
-    if tensor.ndim != ndim or tensor.numel() == 0:
-        shape = "(n, d) with n, d >= 1" if ndim == 2 else "(d,) with d >= 1"
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name}: not finite (NaN or infinity among the values)")
-
-
-def _check_jitter(jitter: float) -> None:
-    if not (math.isfinite(jitter) and jitter >= 0):
-        raise ValueError(f"jitter: must be a finite number >= 0, got {jitter}")

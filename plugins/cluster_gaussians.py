@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avalanche_firn.plugins.alignment_math import Batches
-from avalanche_firn.plugins.class_statistics import _check_features, _check_jitter, _fill_normal, _float64
 from avalanche_firn.plugins.clustering import cluster_labels
+from avalanche_firn.plugins.feature_checks import check_features, check_jitter, fill_normal, to_float64
 from avalanche_firn.plugins.random_state import derived_seed
 
 
@@ -47,7 +47,7 @@ class ClusterGaussians:
         for name, value, least in (("clusters", clusters, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; {least} and above is accepted")
-        _check_jitter(jitter)
+        check_jitter(jitter)
         self.clusters, self.jitter, self.seed = int(clusters), float(jitter), int(seed)
         self._device: torch.device | None = None
         # Class id -> (k, 2, d): mean and variances of each cluster. Never written to once it is here.
@@ -84,8 +84,8 @@ class ClusterGaussians:
                 finite or of another feature size; ``labels`` don't fit.
         """
         class_id = self._new_id(class_id, replace)
-        _check_features(features, f"features of class {class_id}", 2)
-        rows = _float64(features)
+        check_features(features, f"features of class {class_id}", "n, d")
+        rows = to_float64(features)
         if labels is None:
             labels = cluster_labels(features, self.clusters, seed=derived_seed(self.seed, class_id) % 2**32)
         elif labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -111,14 +111,14 @@ class ClusterGaussians:
         """
         class_id = self._new_id(class_id, replace)
         for name, values in (("means", means), ("variances", variances)):
-            _check_features(values, f"{name} of class {class_id}", 2)
+            check_features(values, f"{name} of class {class_id}", "n, d")
         if means.shape != variances.shape:
             raise ValueError(
                 f"variances of class {class_id}: expected shape {tuple(means.shape)}, got {tuple(variances.shape)}"
             )
         if bool((variances < 0).any()):
             raise ValueError(f"variances of class {class_id}: {float(variances.min()):.3g} is negative")
-        self._store(class_id, _float64(means), _float64(variances).to(_float64(means).device), means)
+        self._store(class_id, to_float64(means), to_float64(variances).to(to_float64(means).device), means)
 
     def moments(self, class_ids: Iterable[int] | Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Clusters of the classes, one class after the other: means (K, d), variances (K, d), clusters of each class.
@@ -232,7 +232,7 @@ def cluster_batches(
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(moments) * size, generator=generator, device=device)[: num_batches * size]
         for cluster in (order // size).to(moments.device).split(size):
-            _fill_normal(batch, generator)
+            fill_normal(batch, generator)
             torch.index_select(moments, 0, cluster, out=gathered)
             torch.addcmul(gathered[:, 0], gathered[:, 1], batch, out=batch)
             yield batch, columns[cluster]

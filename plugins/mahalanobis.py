@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from avalanche_firn.plugins.clustering import cluster_labels
+from avalanche_firn.plugins.feature_checks import check_features, to_float64
 from avalanche_firn.plugins.mahalanobis_math import (
     Cluster,
     ClusterStack,
@@ -143,8 +144,8 @@ class MahalanobisTaskInference:
                 another feature size; unfit ``labels``; the matrix of a cluster isn't positive definite.
         """
         class_id, task = self._new_id(class_id, replace), operator.index(task)
-        _check(features, f"features of class {class_id}", "(n, d) with n, d >= 1", 2)
-        rows = _float64(features)
+        check_features(features, f"features of class {class_id}", "n, d")
+        rows = to_float64(features)
         rows = normalize_rows(rows) if self.normalize else rows
         if labels is None:
             labels = cluster_labels(rows, self.clusters, seed=derived_seed(self.seed, class_id % 2**64) % 2**32)
@@ -177,16 +178,16 @@ class MahalanobisTaskInference:
                 not symmetric or not positive definite.
         """
         class_id, task = self._new_id(class_id, replace), operator.index(task)
-        _check(means, f"means of class {class_id}", "(k, d) with k, d >= 1", 2)
-        _check(covariances, f"covariances of class {class_id}", "(k, d, d) with k, d >= 1", 3)
+        check_features(means, f"means of class {class_id}", "k, d")
+        check_features(covariances, f"covariances of class {class_id}", "k, d, d")
         if covariances.shape != (*means.shape, means.shape[1]):
             got = f"{tuple(covariances.shape)} for means {tuple(means.shape)}"
             raise ValueError(f"covariances of class {class_id}: got {got}")
-        matrices = _float64(covariances)
+        matrices = to_float64(covariances)
         if not torch.allclose(matrices, matrices.mT, rtol=1e-4, atol=1e-6 * float(matrices.abs().max())):
             raise ValueError(f"covariances of class {class_id}: not symmetric")
         kwargs: dict[str, Any] = {"correlation": self.correlation, "shrinkage": 0.0 if shrunk else self.shrinkage}
-        pairs = zip(_float64(means), (matrices + matrices.mT) / 2, strict=True)
+        pairs = zip(to_float64(means), (matrices + matrices.mT) / 2, strict=True)
         self._store(class_id, task, means, (given_cluster(*pair, **kwargs) for pair in pairs))
 
     @torch.no_grad()
@@ -325,20 +326,6 @@ def _views(
     parts = (tensor.split(size) for tensor, size in zip(tensors, sizes, strict=True))
     fields = zip(tasks, *parts, map(list, ranks), map(list, low_rank), strict=True)
     return dict(zip(ids, (_Class(*values) for values in fields), strict=True))
-
-
-def _check(tensor: Tensor, name: str, shape: str, ndim: int) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
-    if tensor.ndim != ndim or tensor.numel() == 0:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name}: not finite (NaN or infinity among the values)")
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # mps has no float64
 
 
 __all__ = [

@@ -103,7 +103,7 @@ def stored_noise(monkeypatch, eps):
     """Let ``ClassGaussians`` take the stored normals, one epoch after the other."""
     blocks = iter(torch.from_numpy(eps).double())
     monkeypatch.setattr(
-        sys.modules[ClassGaussians.__module__], "_fill_normal", lambda out, generator: out.copy_(next(blocks))
+        sys.modules[ClassGaussians.__module__], "fill_normal", lambda out, generator: out.copy_(next(blocks))
     )
 
 

@@ -187,7 +187,7 @@ def test_golden_tap_with_injected_draws(golden, monkeypatch):
     queue = iter(orders)
     monkeypatch.setattr(torch, "randperm", lambda count, **kwargs: next(queue))
     module = sys.modules[ClusterGaussians.__module__]
-    monkeypatch.setattr(module, "_fill_normal", lambda out, generator: out.copy_(next(noise)))
+    monkeypatch.setattr(module, "fill_normal", lambda out, generator: out.copy_(next(noise)))
     batches = cluster_batches(golden_store(file), file["class_ids"].tolist(), n, used, generator=None)
     golden_run(file, batches, monkeypatch)
     assert next(noise, None) is None and next(queue, None) is None
