@@ -38,6 +38,7 @@ from avalanche_firn.plugins.alignment_math import (
 )
 from avalanche_firn.plugins.class_statistics import ClassGaussians
 from avalanche_firn.plugins.cluster_gaussians import ClusterGaussians, cluster_batches
+from avalanche_firn.plugins.experience_classes import experience_classes, refuse_known_classes
 from avalanche_firn.plugins.random_state import derived_seed
 
 BatchSource = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
@@ -179,11 +180,7 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             self._head(strategy).restore()
         self._aligned = self._pending = self._measured = False
         self.gaussians.to(strategy.device)
-        repeated = [c for c in _classes(strategy.experience) if c in self.gaussians]
-        if repeated:
-            raise ValueError(
-                f"classes {repeated} were learnt in an earlier experience; a class is accepted in one experience only"
-            )
+        refuse_known_classes(strategy.experience, self.gaussians)
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """The last epoch is over: a periodic evaluation that comes right now should see aligned heads."""
@@ -213,7 +210,7 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             device=strategy.device,
             num_workers=self.num_workers,
         )
-        for class_id in _classes(strategy.experience):
+        for class_id in experience_classes(strategy.experience):
             self.gaussians.add(class_id, features[targets == class_id])
         self.features = (features, targets)
         self._measured = self._pending = True
@@ -301,11 +298,6 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             raise ValueError(f"statistics: the state was made with {kind!r}, here it is {self.statistics!r}")
         self.gaussians.load_state_dict(state["gaussians"])
         self._pending, self._aligned, self._measured = state["pending"], state["aligned"], state["measured"]
-
-
-def _classes(experience: Any) -> list[int]:
-    """Sorted class ids (a list in one generation of Avalanche's benchmarks, a set in the other)."""
-    return sorted(int(c) for c in experience.classes_in_this_experience)
 
 
 __all__ = [

@@ -24,6 +24,7 @@ from avalanche_firn.models.heads import UNSEEN_LOGIT, TaskwiseLinearHead
 from avalanche_firn.models.lora import LoRAComposition
 from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
+from avalanche_firn.plugins.experience_classes import experience_classes, refuse_known_classes
 from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.mahalanobis import MahalanobisTaskInference, vote
 
@@ -96,11 +97,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         self._composition = LoRAComposition(strategy.model)
         self._measured = False
         self.inference.to(strategy.device)
-        repeated = [c for c in _classes(strategy.experience) if c in self.inference]
-        if repeated:
-            raise ValueError(
-                f"classes {repeated} were learnt in an earlier experience; a class is accepted in one experience only"
-            )
+        refuse_known_classes(strategy.experience, self.inference)
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """The last epoch is over: a periodic evaluation that comes right now needs the statistics."""
@@ -126,7 +123,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
                     device=strategy.device,
                     num_workers=self.num_workers,
                 )
-        for class_id in _classes(strategy.experience):
+        for class_id in experience_classes(strategy.experience):
             self.inference.add(class_id, features[targets == class_id], composition.num_closed - 1)
         self._measured = True
 
@@ -281,10 +278,6 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         self.inference.load_state_dict(state["inference"])
         self._measured = state["measured"]
         self.accuracies = {int(step): value for step, value in state["accuracies"]}
-
-
-def _classes(experience: Any) -> list[int]:
-    return sorted(int(c) for c in experience.classes_in_this_experience)
 
 
 __all__ = ["MahalanobisTaskInference", "TaskInferencePlugin"]
