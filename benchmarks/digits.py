@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from avalanche_firn.benchmarks.class_images import ClassImages
 from avalanche_firn.benchmarks.streams import (
     Digest,
     Stream,
@@ -88,6 +89,18 @@ def digits_stream(
     )
 
 
+def digit_classes(size: int = 28) -> ClassImages:
+    """All 1,797 digits as classes "0" to "9" in memory, grey (1, size, size), pixels in 0..1, not normalised.
+
+    For pre-training on some digits and transfer to others, where nothing may be downloaded.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 8:
+        raise StreamError(f"size is {size!r}; accepted: a number of pixels, at least 8")
+    scans, labels = _load()
+    order = np.argsort(labels, kind="stable")
+    return ClassImages(_upscale(scans[order], size), torch.from_numpy(labels[order]), CLASS_NAMES)
+
+
 def _load() -> tuple[np.ndarray, np.ndarray]:
     """Scans (1797, 8, 8) uint8 in 0..16 and labels (1797,) int64."""
     from sklearn.datasets import load_digits  # here, because importing scikit-learn takes a second
@@ -104,4 +117,4 @@ def _upscale(scans: np.ndarray, size: int) -> torch.Tensor:
     return grey.round_().to(torch.uint8)
 
 
-__all__ = ["digits_stream"]
+__all__ = ["digit_classes", "digits_stream"]

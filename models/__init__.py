@@ -2,7 +2,7 @@
 
 from avalanche_firn.models.backbones import Backbone, WeightsError, list_backbones, load_backbone, renew_final_norm
 from avalanche_firn.models.contrastive import ContrastiveClassifier, with_projection_head
-from avalanche_firn.models.convnets import DigitConvNet, ProjectionHead
+from avalanche_firn.models.convnets import DigitConvNet, InstanceNormConvNet, ProjectionHead
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.linear_probe import fit_linear_probe
@@ -31,6 +31,7 @@ __all__ = [
     "DigitConvNet",
     "FeatureCache",
     "FeatureClassifier",
+    "InstanceNormConvNet",
     "LinearRows",
     "LoRAComposition",
     "ModelParts",

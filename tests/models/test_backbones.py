@@ -113,7 +113,7 @@ def test_stem_is_the_one_of_the_larger_model():
 
 
 def test_our_names_are_in_the_registry_of_timm():
-    assert list_backbones() == ["digit_convnet", "resnet18_cifar", TAG, "vit_tin_32"]
+    assert list_backbones() == ["convnet_28", "convnet_84", "digit_convnet", "resnet18_cifar", TAG, "vit_tin_32"]
     assert timm.is_model("vit_firn_32") and TAG in timm.list_pretrained("vit_firn*")
 
 
