@@ -42,6 +42,11 @@ class LinearRows:
         """Whether the classifier adds a bias."""
         return all(segment.bias is not None for segment in self._segments)
 
+    @property
+    def parameters(self) -> list[tuple[Tensor, Tensor | None, list[int]]]:
+        """Weight, bias and the positions of the rows in them, per parameter that holds some of the classes."""
+        return [(segment.weight, segment.bias, list(segment.rows)) for segment in self._segments]
+
     @torch.no_grad()
     def read(self) -> tuple[Tensor, Tensor]:
         """Copies of weights ``(C, d)`` and biases ``(C,)`` (zeros where there is no bias)."""

@@ -33,6 +33,7 @@ from avalanche_firn.plugins.schedules import cosine, lagged_cosine, multistep
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
 from avalanche_firn.plugins.task_inference import MahalanobisTaskInference, TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
+from avalanche_firn.plugins.zapping import ZappingPlugin, resample_rows_, reset_optimizer_rows_
 
 __all__ = [
     "ClassGaussians",
@@ -54,6 +55,7 @@ __all__ = [
     "SlowLearnerPlugin",
     "TaskInferencePlugin",
     "WarmupCosinePlugin",
+    "ZappingPlugin",
     "align_classifier",
     "asymmetric_supcon",
     "cosine",
@@ -65,6 +67,8 @@ __all__ = [
     "mean_scale",
     "multistep",
     "relation_distillation",
+    "resample_rows_",
+    "reset_optimizer_rows_",
     "select_critical",
     "symmetric_cross_entropy",
 ]
