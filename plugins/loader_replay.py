@@ -145,6 +145,9 @@ def _keeps_workers(loader: Any) -> bool:
 
 def _draws_while_iterating(loader: Any) -> bool:
     """Whether the order of the batches may depend on global random state after the first fetch."""
+    declared = getattr(loader, "draws_while_iterating", None)
+    if declared is not None:
+        return bool(declared)
     if type(loader) is DataLoader:
         batch_sampler = loader.batch_sampler
         plain = type(batch_sampler) is BatchSampler and type(batch_sampler.sampler) in (
