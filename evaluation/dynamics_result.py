@@ -186,7 +186,8 @@ class Dynamics:
             "curves": task_curves_figure(self.steps, self.loss),
         }
         if len(self.blocks):
-            rows = [_block_name(tasks) for tasks in self.block_tasks]
+            names = dict(zip(self.task_ids, self.task_names, strict=True))
+            rows = [_block_name([names.get(task, str(task)) for task in tasks]) for tasks in self.block_tasks]
             found["block-effect"] = block_effect_figure(self.block_effect, block_names=rows, task_names=self.task_names)
         return found
 
@@ -230,11 +231,11 @@ def _row_means(values: FloatArray) -> FloatArray:
     return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
 
 
-def _block_name(tasks: Sequence[int]) -> str:
+def _block_name(tasks: Sequence[str]) -> str:
+    """Of a block by its tasks."""
     if len(tasks) < 2:
-        return str(tasks[0]) if tasks else "other"
-    run = tasks[-1] - tasks[0] == len(tasks) - 1
-    return f"{tasks[0]} to {tasks[-1]}" if run else f"{tasks[0]}, ... {tasks[-1]}"
+        return tasks[0] if tasks else "other"
+    return f"{tasks[0]} to {tasks[-1]}"
 
 
 def _without_nan(values: FloatArray) -> list[list[float | None]]:

@@ -91,32 +91,40 @@ def curves_figure(
     percent: bool = True,
     limits: tuple[float, float] | None = None,
     confidence: float = 0.95,
+    steps: ArrayLike | None = None,
 ) -> Figure:
     """One line per method over the tasks, with its confidence band over the seeds.
 
     Args:
         curves: method name -> (S, T) one row per seed; NaN where there is no value. A method with a single point
             (joint training) becomes a horizontal line: it is a level to compare with, not a course over tasks.
-        title, xlabel, ylabel: labels; ``x`` counts tasks from 1.
+        title, xlabel, ylabel: labels; without ``steps``, ``x`` counts tasks from 1.
         percent: the values are fractions, printed in percent.
         limits: of the y axis; default fitted to the data.
         confidence: of the band (Student t); no band at points with fewer than two seeds.
+        steps: (T,) x position of each point of the longest curve, rising, the same for all; default 1 to T.
+
+    Raises:
+        ValueError: no curve, a curve of another shape, steps that aren't T rising numbers.
     """
     if not curves:
         raise ValueError("curves: got nothing to draw; accepted is at least one method")
-    figure, axes = _figure(7.4, 4.2)
     statistics = {method: curve_interval(values, confidence) for method, values in curves.items()}
     tasks = max(len(mean) for mean, _, _ in statistics.values())
+    places = np.arange(1, tasks + 1) if steps is None else np.asarray(steps)
+    if places.shape != (tasks,) or not np.isfinite(places).all() or (np.diff(places) <= 0).any():
+        raise ValueError(f"steps: got {places.tolist()}; accepted is one number for each of {tasks} points, rising")
+    figure, axes = _figure(7.4, 4.2)
     for index, (method, (mean, lower, upper)) in enumerate(statistics.items()):
         colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         dash = DASHES[(index // len(PALETTE)) % len(DASHES)]
-        steps = np.arange(1, len(mean) + 1)
+        x = places[: len(mean)]
         if len(mean) == 1 < tasks:
-            steps, marker, dash = np.asarray([1, tasks]), "", (0, (5, 3))
+            x, marker, dash = places[[0, -1]], "", (0, (5, 3))
             mean, lower, upper = (np.repeat(part, 2) for part in (mean, lower, upper))
-        axes.plot(steps, mean, color=colour, marker=marker, markersize=5, linestyle=dash, linewidth=1.8, label=method)
+        axes.plot(x, mean, color=colour, marker=marker, markersize=5, linestyle=dash, linewidth=1.8, label=method)
         if np.isfinite(lower).any():
-            axes.fill_between(steps, lower, upper, color=colour, alpha=0.16, linewidth=0)
+            axes.fill_between(x, lower, upper, color=colour, alpha=0.16, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)

@@ -78,7 +78,11 @@ def log_text_config(writer: SummaryWriter, config: str, tag: str = "config") -> 
 
 
 def write_summary(
-    directory: str | Path, curves: Mapping[str, Mapping[str, ArrayLike]], confidence: float = 0.95
+    directory: str | Path,
+    curves: Mapping[str, Mapping[str, ArrayLike]],
+    confidence: float = 0.95,
+    *,
+    steps: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Writes the summary run of a comparison, replacing an older one.
 
@@ -87,22 +91,31 @@ def write_summary(
         curves: metric tag -> method -> (S, T) values, one row per seed, over the experience index; NaN where a seed has
             no value. Rows of unequal length are padded with NaN.
         confidence: of the intervals (Student t).
+        steps: metric tag -> step number of each point, at least as many as its longest curve has; metrics that are left
+            out count from 0.
 
     Returns:
         The points written: ``METRIC/METHOD`` -> ``{"mean" | "lower" | "upper": [(step, value)]}``, the scalar tag being
         ``METRIC/METHOD/mean`` and so on. Where no point has two seeds there is no interval and no margin chart.
+
+    Raises:
+        ValueError: a method without seeds, steps of a metric that isn't there, fewer steps than points. Nothing has
+            been deleted or written then.
     """
+    padded = {metric: {method: _padded(rows) for method, rows in m.items()} for metric, m in curves.items()}
+    places = _checked_steps(padded, steps or {})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("events.out.tfevents.*"):
         old.unlink()
     written: dict[str, dict[str, list[tuple[int, float]]]] = {}
     with SummaryWriter(str(directory)) as writer:
-        for metric, methods in curves.items():
-            for method, seeds in methods.items():
-                parts = zip(("mean", "lower", "upper"), curve_interval(_padded(seeds), confidence), strict=True)
+        for metric, methods in padded.items():
+            for method, rows in methods.items():
+                parts = zip(("mean", "lower", "upper"), curve_interval(rows, confidence), strict=True)
                 points = {
-                    part: [(t, float(v)) for t, v in enumerate(curve) if not np.isnan(v)] for part, curve in parts
+                    part: [(t, float(v)) for t, v in zip(places[metric], curve, strict=False) if not np.isnan(v)]
+                    for part, curve in parts
                 }
                 written[f"{metric}/{method}"] = points = {part: curve for part, curve in points.items() if curve}
                 for part, curve in points.items():
@@ -110,6 +123,22 @@ def write_summary(
                         writer.add_scalar(f"{metric}/{method}/{part}", value, step)
         writer.add_custom_scalars(_layout(curves, written))
     return written
+
+
+def _checked_steps(
+    curves: Mapping[str, Mapping[str, np.ndarray]], steps: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Step numbers of every metric."""
+    if unknown := sorted(set(steps) - set(curves)):
+        raise ValueError(f"steps: got the metrics {unknown}; accepted are those of the curves, {sorted(curves)}")
+    found = {}
+    for metric, methods in curves.items():
+        length = max((rows.shape[1] for rows in methods.values()), default=0)
+        found[metric] = [int(step) for step in steps.get(metric, range(length))]
+        if len(found[metric]) < length:
+            got = f"{len(found[metric])} for {metric}, whose longest curve has {length} points"
+            raise ValueError(f"steps: got {got}; accepted is a step for each point")
+    return found
 
 
 def _padded(seeds: ArrayLike | Sequence[Sequence[float]]) -> np.ndarray:

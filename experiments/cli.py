@@ -13,10 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError, Problem, explain_keys, nearest
-from avalanche_firn.experiments.recipe import copy_recipe, list_recipes, load_recipe, parse, read_recipe
+from avalanche_firn.experiments.recipe import copy_recipe, list_recipes, load_experiment, parse, read_recipe
+from avalanche_firn.experiments.transfer_config import TransferExperiment
 
 __all__ = ["build_parser", "main"]
 
@@ -137,11 +139,11 @@ def _recipe_and_overrides(words: Sequence[str], default: str | None) -> tuple[st
     return (names[0] if names else str(default)), [word for word in words if "=" in word]
 
 
-def _loaded(arguments: argparse.Namespace, default: str | None = None) -> Config:
+def _loaded(arguments: argparse.Namespace, default: str | None = None) -> Config | TransferExperiment:
     source, overrides = _recipe_and_overrides(arguments.words, default)
     if getattr(arguments, "output", None) is not None:
         overrides.append(f"output={arguments.output!r}")
-    return load_recipe(source, overrides)
+    return load_experiment(source, overrides)
 
 
 def _calm() -> None:
@@ -171,13 +173,24 @@ def _train(work: Callable[[], None], folder: Path) -> int:
     return OK
 
 
+def _compared(config: Config | TransferExperiment, **options: Any) -> Any:
+    """Either kind of comparison."""
+    if isinstance(config, TransferExperiment):
+        from avalanche_firn.experiments.transfer_comparison import compare_transfers
+
+        return compare_transfers(config, **options)
+    from avalanche_firn.experiments.comparison import compare
+
+    return compare(config, **options)
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     config = _loaded(arguments, _DEFAULT)
     _calm()
-    from avalanche_firn.experiments.comparison import compare, comparison_folder
+    from avalanche_firn.experiments.run_folders import comparison_folder
 
     return _train(
-        lambda: _shown(compare(config, fresh=arguments.fresh, quiet=arguments.quiet)), comparison_folder(config)
+        lambda: _shown(_compared(config, fresh=arguments.fresh, quiet=arguments.quiet)), comparison_folder(config)
     )
 
 
@@ -198,15 +211,15 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _loaded(arguments)
     _calm()
     method, seed = _one(config, chosen["method"], chosen["seed"])
-    from avalanche_firn.experiments.comparison import compare, comparison_folder, run_folder
+    from avalanche_firn.experiments.run_folders import comparison_folder, run_folder
 
     single = config.single(method, seed)
     folder = run_folder(comparison_folder(config), method, seed)
-    work = lambda: _shown(compare(single, fresh=arguments.fresh, quiet=arguments.quiet, summary=False))  # noqa: E731
+    work = lambda: _shown(_compared(single, fresh=arguments.fresh, quiet=arguments.quiet, summary=False))  # noqa: E731
     return _train(work, folder)
 
 
-def _one(config: Config, method: object, seed: object) -> tuple[str, int]:
+def _one(config: Config | TransferExperiment, method: object, seed: object) -> tuple[str, int]:
     """The method and seed of `firn run`; a single one in the recipe needs no choice."""
     labels = [m.name for m in config.methods]
     problems = []
@@ -232,17 +245,33 @@ def _resume(arguments: argparse.Namespace) -> int:
     file = arguments.folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{arguments.folder} holds no config.yaml; give the folder of a run or of a comparison")
-    config = load_recipe(file)
+    config = load_experiment(file)
     _calm()
+    return _train(lambda: _shown(_resumed(config, arguments.folder, arguments.quiet)), arguments.folder)
+
+
+def _resumed(config: Config | TransferExperiment, folder: Path, quiet: bool) -> Any:
+    if isinstance(config, TransferExperiment):
+        from avalanche_firn.experiments.transfer_comparison import resume_transfers
+
+        return resume_transfers(config, folder, quiet=quiet)
     from avalanche_firn.experiments.comparison import resume
 
-    return _train(lambda: _shown(resume(config, arguments.folder, quiet=arguments.quiet)), arguments.folder)
+    return resume(config, folder, quiet=quiet)
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from avalanche_firn.experiments.results import find_runs
+
+    folders = [Path(word) for word in arguments.words]
+    if any(run.get("experiment") == "transfer" for run in find_runs(folders)):
+        from avalanche_firn.experiments.transfer_comparison import report_transfers
+
+        print(report_transfers(folders, arguments.output))
+        return OK
     from avalanche_firn.experiments.report import report_folders
 
-    print(report_folders([Path(word) for word in arguments.words], arguments.output))
+    print(report_folders(folders, arguments.output))
     return OK
 
 
@@ -259,20 +288,38 @@ def _recipes(arguments: argparse.Namespace) -> int:
     elif action == "copy":
         print(f"copied to {copy_recipe(name, arguments.target)}")
     else:
-        for key, accepted, text in explain_keys(Config):
-            print(f"{key}: {accepted}\n    {text}")
+        for title, schema in (("a comparison on a stream", Config), ("a transfer experiment", TransferExperiment)):
+            print(f"# keys of {title}")
+            for key, accepted, text in explain_keys(schema):
+                print(f"{key}: {accepted}\n    {text}")
     return OK
 
 
 def _check(arguments: argparse.Namespace) -> int:
     config = _loaded(arguments)
     _calm()
+    if isinstance(config, TransferExperiment):
+        return _check_transfer(config, arguments)
     from avalanche_firn.experiments.dry_run import dry_run, outline
     from avalanche_firn.experiments.resources import prepare
 
     print(outline(config) if arguments.no_data else prepare(config))
     if arguments.dry_run:
         for line in dry_run(config, data=not arguments.no_data):
+            print(line, flush=True)
+    return OK
+
+
+def _check_transfer(config: TransferExperiment, arguments: argparse.Namespace) -> int:
+    from avalanche_firn.experiments.transfer_comparison import (
+        dry_run_transfers,
+        outline_transfers,
+        prepare_transfers,
+    )
+
+    print(outline_transfers(config) if arguments.no_data else prepare_transfers(config))
+    if arguments.dry_run:
+        for line in dry_run_transfers(config, data=not arguments.no_data):
             print(line, flush=True)
     return OK
 

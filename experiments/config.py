@@ -35,6 +35,7 @@ from avalanche_firn.experiments.sections import (
     TrainingConfig,
     TrainingOverride,
 )
+from avalanche_firn.experiments.zapping_sections import ZappingConfig
 
 __all__ = [
     "AlignmentConfig",
@@ -71,10 +72,15 @@ class _Method(Section):
         description="unique label: folder and table row. Default: the strategy's name",
     )
     training: TrainingOverride = Field(default_factory=TrainingOverride, description="where it differs from training")
+    zapping: ZappingConfig | None = Field(default=None, description="redraw rows of the classifier; null = never")
 
     def brief(self) -> _Method:
         """The method with one epoch in each of its phases, for a dry run."""
-        return self.model_copy(update={"training": self.training.model_copy(update={"epochs": 1, "schedule": None})})
+        training = self.training.model_copy(update={"epochs": 1, "schedule": None})
+        zapping = self.zapping
+        if zapping is not None:  # in one epoch, at its only possible moment
+            zapping = zapping.model_copy(update={"schedule": "iteration", "every": 1})
+        return self.model_copy(update={"training": training, "zapping": zapping})
 
 
 class NaiveConfig(_Method):
@@ -322,10 +328,32 @@ class Config(Section):
                 problems.append((path, reason, "true, or schedule: {name: none}"))
             if isinstance(method, (Co2LConfig, CILAConfig)):
                 problems += self._contrastive_problems(i, method)
+            problems += self._zapping_problems(i, method)
         if self.precision == "fp16" and self.device == "cpu":
             problems.append(("precision", "fp16 needs a CUDA device", "fp32 or bf16 with device: cpu"))
         reject(problems)
         return self
+
+    def _zapping_problems(self, i: int, method: Any) -> list[tuple[str, str, str]]:
+        """Where zaps would do nothing, or undo what the method is about."""
+        zapping = method.zapping
+        if zapping is None:
+            return []
+        if isinstance(method, (Co2LConfig, CILAConfig)):
+            reason = f"is set with {method.strategy}, whose classifier is fitted after the training anyway"
+            return [(f"methods[{i}].zapping", reason, "null")]
+        if isinstance(method, LPFTConfig) and zapping.schedule == "experience":
+            reason = "experience would redraw the classifier that the linear probe has just fitted"
+            return [(f"methods[{i}].zapping.schedule", reason, "epoch, iteration or class_exposure")]
+        epochs = self.training_of(method).epochs
+        if zapping.schedule == "epoch" and zapping.every >= epochs:
+            reason = f"{zapping.every} with {epochs} epochs: no zap would happen"
+            return [(f"methods[{i}].zapping.every", reason, f"1 to {epochs - 1}" if epochs > 1 else "more epochs")]
+        frozen = ("linear_probe", "slow_learner", "slca", "slca_plus_plus", "lorac_ipc")
+        if method.strategy in frozen and zapping.scope in ("all", "random"):
+            reason = f"{zapping.scope} reaches rows of earlier tasks, which {method.strategy} freezes"
+            return [(f"methods[{i}].zapping.scope", reason, "experience or new")]
+        return []
 
     def _contrastive_problems(self, i: int, method: Co2LConfig | CILAConfig) -> list[tuple[str, str, str]]:
         """Where a contrastive method does not fit the shared sections."""

@@ -41,6 +41,7 @@ from avalanche_firn.plugins.schedules import SchedulerFactory, constant, cosine,
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
 from avalanche_firn.plugins.task_inference import TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
+from avalanche_firn.plugins.zapping import ZappingPlugin
 from avalanche_firn.strategies.cila import CILA
 from avalanche_firn.strategies.lorac_ipc import LoRACIPC
 from avalanche_firn.strategies.lp_ft import LPFT
@@ -92,9 +93,13 @@ class Ingredients:
         }
 
     def extra_plugins(self) -> list[SupervisedPlugin]:
-        """The run's plugins, with mixed precision where the configuration asks for it."""
-        precision = self.config.precision
-        return [*([] if precision == "fp32" else [MixedPrecisionPlugin(precision)]), *self.plugins]
+        """The run's plugins, with mixed precision and zaps where the configuration asks for them."""
+        precision, zapping = self.config.precision, self.method.zapping
+        mixed: list[SupervisedPlugin] = [] if precision == "fp32" else [MixedPrecisionPlugin(precision)]
+        zaps: list[SupervisedPlugin] = []
+        if zapping is not None:
+            zaps = [ZappingPlugin(**zapping.model_dump(), seed=self.config.seeds[0], log=True)]
+        return [*mixed, *zaps, *self.plugins]
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:

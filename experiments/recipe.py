@@ -13,11 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from avalanche_firn.experiments.config import LABEL, Config, validate
 from avalanche_firn.experiments.errors import ConfigError, Problem, known_keys, nearest
+from avalanche_firn.experiments.transfer_config import TransferExperiment, is_transfer, validate_transfer
 
-__all__ = ["Recipe", "copy_recipe", "dump", "find_recipe", "list_recipes", "load_recipe", "parse", "read_recipe"]
+__all__ = [
+    "Recipe",
+    "copy_recipe",
+    "dump",
+    "find_recipe",
+    "list_recipes",
+    "load_experiment",
+    "load_recipe",
+    "parse",
+    "read_recipe",
+]
 
 _FOLDER = Path(__file__).parent / "recipes"
 _FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$")
@@ -63,8 +75,8 @@ def parse(text: str, *, source: str = "") -> Any:
 
 
 def dump(value: Any) -> str:
-    """YAML text of plain values or of a :class:`Config`, keys in order."""
-    plain = value.model_dump() if isinstance(value, Config) else value
+    """YAML text of plain values or of a configuration, keys in order."""
+    plain = value.model_dump() if isinstance(value, BaseModel) else value
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -212,22 +224,34 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
         place[steps[-1]] = new
 
 
-def _check_keys(overrides: Iterable[str]) -> list[Problem]:
+def _check_keys(overrides: Iterable[str], schema: type[BaseModel]) -> list[Problem]:
     """Overrides whose key the schema doesn't know at all, before anything is changed."""
-    known = known_keys(Config)
-    free = "stream.arguments."
+    known = known_keys(schema)
+    free = ("stream.arguments.", "network.arguments.")
     problems = []
     for text in overrides:
         path = text.partition("=")[0].strip()
         plain = re.sub(r"\[\d+\]", "[]", path)
         plain = re.sub(r"^methods\.[^.]+", "methods[]", plain)
-        plain = re.sub(r"^(seeds|stream\.\w+|training\.schedule\.milestones)\.\d+$", r"\1[]", plain)
+        plain = re.sub(r"^(seeds|stream\.\w+|data\.\w+|training\.schedule\.milestones)\.\d+$", r"\1[]", plain)
         if "=" in text and plain.removesuffix("[]") not in known and not plain.startswith(free):
             problems.append(_unknown(path, known))
     return problems
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The validated configuration of a comparison on a stream, see :func:`load_experiment`.
+
+    Raises:
+        ConfigError: also a recipe of a transfer experiment.
+    """
+    config = load_experiment(source, overrides)
+    if isinstance(config, TransferExperiment):
+        raise ConfigError(Problem("experiment", "transfer isn't accepted here", "a comparison on a stream"))
+    return config
+
+
+def load_experiment(source: str | Path, overrides: Iterable[str] = ()) -> Config | TransferExperiment:
     """The validated configuration of a recipe (shipped name or file) with `overrides` (``a.b=value``) applied.
 
     Raises:
@@ -239,7 +263,8 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     label = f"{source}" + (f" with {', '.join(overrides)}" if overrides else "")
     if not isinstance(raw, dict):
         return validate(raw, source=label)
-    problems = _check_keys(overrides)
+    transfer = is_transfer(raw)
+    problems = _check_keys(overrides, TransferExperiment if transfer else Config)
     unknown = {problem.path for problem in problems}
     for override in overrides:
         if override.partition("=")[0].strip() in unknown:
@@ -249,7 +274,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         except ConfigError as error:
             problems += error.problems
     try:
-        config = validate(raw, source=label)
+        config = validate_transfer(raw, source=label) if transfer else validate(raw, source=label)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems], source=label) from None
     if problems:

@@ -22,10 +22,12 @@ from avalanche_firn.experiments.report_contrastive import (
     contrastive_facts,
     contrastive_tables,
 )
+from avalanche_firn.experiments.report_dynamics import dynamics_facts, dynamics_pictures, dynamics_tables
 from avalanche_firn.experiments.report_html import html_report
 from avalanche_firn.experiments.report_lora import lora_curves_drawn, lora_facts, lora_tables
 from avalanche_firn.experiments.report_probes import probe_facts, probe_tables, probe_tags
 from avalanche_firn.experiments.report_task_incremental import task_curves, task_facts, task_tables, task_tags
+from avalanche_firn.experiments.report_text import aligned, file_name, markdown_report
 from avalanche_firn.experiments.results import FIGURES, Group, find_runs, group_runs
 
 __all__ = ["facts", "mismatches", "report_folders", "text_table", "write_report"]
@@ -61,18 +63,7 @@ def text_table(groups: Sequence[Group]) -> str:
     heads = ["method", *(head for _, head, *_ in FIGURES)]
     rows = [[label_of(group), *cells(group)] for group in groups]
     more = [*task_tables(groups), *probe_tables(groups)[:1]]
-    return "\n\n".join([_aligned(heads, rows), *(_aligned(*table[1:]) for table in more)])
-
-
-def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *rest = row
-        padded = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(heads), line(["-" * width for width in widths]), *(line(row) for row in rows)])
+    return "\n\n".join([aligned(heads, rows), *(aligned(*table[1:]) for table in more)])
 
 
 def facts(groups: Sequence[Group]) -> list[str]:
@@ -92,6 +83,7 @@ def facts(groups: Sequence[Group]) -> list[str]:
     ]
     diverged = [f"{run['method']} seed {run['seed']}" for run in runs if run["diverged"]]
     lines += [*task_facts(groups), *probe_facts(groups), *contrastive_facts(groups), *lora_facts(groups)]
+    lines += dynamics_facts(groups)
     cautions = [
         *mismatches(groups),
         *([f"weights became infinite or NaN in {', '.join(diverged)}"] if diverged else []),
@@ -173,19 +165,8 @@ def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[list[str]
         *probe_tables(groups),
         *contrastive_tables(groups),
         *lora_tables(groups),
+        *dynamics_tables(groups),
     ]
-
-
-def _markdown(title: str, groups: Sequence[Group], pictures: Sequence[tuple[str, Path]]) -> str:
-    def row(values: Sequence[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-    parts = [f"# {title}", "", *(f"{line}  " for line in facts(groups)), ""]
-    for name, heads, rows in tables(groups):
-        parts += [f"## {name}", "", row(heads), row(["---"] * len(heads)), *(row(r) for r in rows), ""]
-    for caption, path in pictures:
-        parts += [f"![{caption}]({path.name})", ""]
-    return "\n".join(parts)
 
 
 def _csv(groups: Sequence[Group]) -> str:
@@ -228,10 +209,9 @@ def _pictures(folder: Path, groups: Sequence[Group]) -> list[tuple[str, Path]]:
         if len({matrix.shape for matrix in matrices}) == 1:
             over = f"mean over {len(matrices)} seeds" if len(matrices) > 1 else f"seed {group.seeds[0]}"
             caption = f"{group.label}: accuracy per task, {over}"
-            safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in group.label)
             figure = task_matrix_figure(np.mean(matrices, axis=0), title=caption)
-            done.append((caption, save_figure(figure, folder / f"matrix-{safe}.png")))
-    return done
+            done.append((caption, save_figure(figure, folder / f"matrix-{file_name(group.label)}.png")))
+    return done + dynamics_pictures(folder, groups)
 
 
 def write_report(folder: Path, groups: Sequence[Group], *, title: str) -> None:
@@ -239,7 +219,8 @@ def write_report(folder: Path, groups: Sequence[Group], *, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(_csv(groups), encoding="utf-8")
     pictures = _pictures(folder, groups)
-    (folder / "report.md").write_text(_markdown(title, groups, pictures), encoding="utf-8")
+    markdown = markdown_report(title, facts(groups), tables(groups), pictures)
+    (folder / "report.md").write_text(markdown, encoding="utf-8")
     html = html_report(title, facts(groups), tables(groups), pictures)
     (folder / "report.html").write_text(html, encoding="utf-8")
     write_summary(folder, {tag: curves(groups, tag) for tag, _ in _curves(groups)})

@@ -13,8 +13,10 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
+table { display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #8886; padding: 0.3rem 0.8rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+td:not(:first-child) { white-space: nowrap; }
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 figure { margin: 1.5rem 0; } figcaption, .facts { color: #777; }
 """

@@ -25,6 +25,7 @@ from avalanche.training.templates import SupervisedTemplate
 from avalanche_firn.benchmarks.streams import Stream
 from avalanche_firn.evaluation.contrastive_report import ContrastiveBound
 from avalanche_firn.evaluation.drift import RepresentationDrift
+from avalanche_firn.evaluation.dynamics import TaskDynamics
 from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.matrix import ResultMatrix
 from avalanche_firn.evaluation.metrics import ResultMatrixMetric, continual_metrics
@@ -38,6 +39,12 @@ from avalanche_firn.experiments.contrastive_results import (
     contrastive_curves,
 )
 from avalanche_firn.experiments.csv_logger import CsvLogger
+from avalanche_firn.experiments.dynamics_results import (
+    build_dynamics,
+    dynamics_figures,
+    zapping_protocol,
+    zapping_results,
+)
 from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
 from avalanche_firn.experiments.lora_results import lora_curves, lora_protocol, lora_results
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
@@ -71,6 +78,7 @@ class _Recorder:
     given_task: TaskIncrementalMatrixMetric | None
     probes: list[RepresentationProbe]
     bound: ContrastiveBound | None
+    dynamics: TaskDynamics | None
     efficiency: Efficiency
     evaluator: EvaluationPlugin
     board: TensorboardLogger
@@ -88,7 +96,8 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     metrics = continual_metrics(streams=[name], forgetting_kind=kind)
     given_task = TaskIncrementalMatrixMetric(stream=name, forgetting_kind=kind) if section.task_incremental else None
     bound = build_bound(config, stream, evaluated)
-    extra += [metric for metric in (given_task, bound) if metric is not None]
+    dynamics = build_dynamics(config, stream, evaluated)
+    extra += [metric for metric in (given_task, bound, dynamics) if metric is not None]
     board, table = TensorboardLogger(folder), CsvLogger(folder / _METRICS)
     evaluator = EvaluationPlugin(
         *metrics,
@@ -101,7 +110,7 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     matrix = next(metric for metric in metrics if isinstance(metric, ResultMatrixMetric))
     efficiency = next(metric for metric in metrics if isinstance(metric, Efficiency))
     try:
-        yield _Recorder(matrix, given_task, probes, bound, efficiency, evaluator, board, table)
+        yield _Recorder(matrix, given_task, probes, bound, dynamics, efficiency, evaluator, board, table)
     finally:
         board.writer.close()
         table.close()
@@ -277,8 +286,9 @@ def _results(
             "evaluated": config.evaluation.streams,
             "forgetting": matrix.forgetting_kind,
             **lora_protocol(config),
+            **zapping_protocol(config),
         },
-        "figures": {name: curve[-1] for name, curve in curves.items()},
+        "figures": {name: curve[-1] for name, curve in curves.items()} | dynamics_figures(recorder.dynamics),
         "curves": curves,
         **_matrices(matrix),
         "task_incremental": None if given_task is None else _matrices(given_task),
@@ -288,6 +298,8 @@ def _results(
         ],
         "contrastive_bound": None if recorder.bound is None else contrastive_bound_results(recorder.bound),
         "lora": lora_results(strategy),
+        "zapping": zapping_results(strategy),
+        "dynamics": None if recorder.dynamics is None else recorder.dynamics.result().to_dict(),
         "diverged": not all(bool(p.isfinite().all()) for p in strategy.model.parameters()),
         "cost": _cost(recorder.efficiency, strategy, seconds),
     }

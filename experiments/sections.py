@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from avalanche_firn.experiments.contrastive_sections import ContrastiveBoundConfig
 from avalanche_firn.experiments.errors import reject
 from avalanche_firn.experiments.probe_sections import DriftConfig, ProbeConfig
+from avalanche_firn.experiments.zapping_sections import TaskDynamicsConfig
 
 __all__ = [
     "AvalancheStreamConfig",
@@ -330,6 +331,7 @@ class EvaluationConfig(Section):
         default=None,
         description="of contrastive methods, the losses and bounds of CILA's theory on the evaluated images",
     )
+    dynamics: TaskDynamicsConfig | None = Field(default=None, description="losses of single tasks while training")
 
 
 class CheckpointConfig(Section):

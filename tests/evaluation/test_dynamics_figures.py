@@ -107,6 +107,6 @@ def test_pictures_of_a_result(tmp_path):
     figures = some.figures()
     assert set(figures) == {"loss-map", "curves", "block-effect"}
     labels = [t.get_text() for t in figures["block-effect"].axes[0].get_yticklabels()]
-    assert labels == ["0 to 1"]
+    assert labels == ["cat to dog"]
     assert set(Dynamics(**values, blocks=[], block_tasks=()).figures()) == {"loss-map", "curves"}
     assert save_figure(figures["curves"], tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG"

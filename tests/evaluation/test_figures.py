@@ -45,6 +45,22 @@ def test_curves_have_bands_only_with_two_seeds_and_levels_for_single_points():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
 
 
+def test_curves_at_given_steps():
+    curves = {"long": [[0.9, 0.5, 0.3]], "short": [[0.9, 0.5]], "level": [[0.7]]}
+    lines = {line.get_label(): line for line in curves_figure(curves, steps=[1, 10, 67]).axes[0].lines}
+    np.testing.assert_array_equal(lines["long"].get_xdata(), [1, 10, 67])
+    np.testing.assert_array_equal(lines["short"].get_xdata(), [1, 10])
+    np.testing.assert_array_equal(lines["level"].get_xdata(), [1, 67])
+    bands = curves_figure({"a": [[0.9, 0.5], [0.7, 0.1]]}, steps=[4, 9]).axes[0].collections
+    assert bands[0].get_paths()[0].get_extents().xmin == 4 and bands[0].get_paths()[0].get_extents().xmax == 9
+
+
+@pytest.mark.parametrize("steps", [[1, 2], [1, 2, 3, 4], [1, 3, 3], [3, 2, 1], [1, 2, np.nan], [[1, 2, 3]]])
+def test_impossible_steps_are_refused(steps):
+    with pytest.raises(ValueError, match=r"steps: .*accepted is one number for each of 3 points"):
+        curves_figure({"a": [[0.9, 0.5, 0.3]]}, steps=steps)
+
+
 def test_twenty_methods_can_be_told_apart():
     figure = curves_figure({f"m{i}": [[0.1 * i, 0.2]] for i in range(20)})
     looks = {(line.get_color(), line.get_marker(), str(line._dash_pattern)) for line in figure.axes[0].lines}

@@ -123,6 +123,19 @@ def test_summary_pads_seeds_and_refuses_none(tmp_path):
         write_summary(tmp_path, {"m": {"a": []}})
 
 
+def test_summary_at_given_steps(tmp_path):
+    curves = {"m": {"a": [[0.5, 0.25, 0.75], [0.5, 0.25]]}, "n": {"a": [[1.0, 2.0]]}}
+    write_summary(tmp_path, curves, steps={"m": [1, 10, 67]})
+    scalars = read_scalars(tmp_path)
+    assert scalars["m/a/mean"] == [(1, 0.5), (10, 0.25), (67, 0.75)]
+    assert [step for step, _ in scalars["m/a/upper"]] == [1, 10]  # the last point has one seed
+    assert scalars["n/a/mean"] == [(0, 1.0), (1, 2.0)]
+    for steps, reason in (({"m": [1, 10]}, "2 for m, whose longest curve has 3"), ({"x": [1]}, "x")):
+        with pytest.raises(ValueError, match=rf"steps: .*{reason}"):
+            write_summary(tmp_path, curves, steps=steps)
+    assert read_scalars(tmp_path) == scalars  # refused before the older summary was deleted
+
+
 def test_read_scalars_keeps_every_point_and_honours_a_purge(tmp_path):
     with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
         for step in range(12_000):

@@ -113,7 +113,7 @@ def test_results(finished: Path) -> None:
     assert found["protocol"] | {"evaluated": "", "forgetting": ""} == {
         "task_identity_at_test": False, "task_incremental_figures": False, "replay": False, "replay_slots": None,
         "joint": False, "evaluated": "", "forgetting": "", "task_inference": False, "batchwise_vote": False,
-        "official_k_gate": False,
+        "official_k_gate": False, "zapping": None,
     }  # fmt: skip
     from avalanche_firn.benchmarks.streams import class_order
 

@@ -166,14 +166,14 @@ def test_golden_continual_transfer_through_naive(golden, name):
     remapped = {c: i for i, c in enumerate(order)}
     dataset.targets = [remapped[c] for c in dataset.targets]  # Avalanche wants labels from 0
     avalanche = as_classification_dataset(dataset)
-    stream = class_incremental_benchmark(
-        {"train": avalanche, "test": avalanche}, class_order=list(range(len(order))), num_classes_per_exp=[1] * len(order)
-    ).train_stream  # fmt: skip
+    data_of = {"train": avalanche, "test": avalanche}
+    tasks = list(range(len(order)))
+    benchmark = class_incremental_benchmark(data_of, class_order=tasks, num_classes_per_exp=[1] * len(order))
     strategy = Naive(
         model=model, optimizer=torch.optim.Adam(model.parameters(), lr=float(data["lr"])),
         criterion=nn.CrossEntropyLoss(), train_mb_size=1, train_epochs=1, evaluator=None, plugins=[EvaluationMode()],
     )  # fmt: skip
-    for experience in stream:
+    for experience in benchmark.train_stream:
         strategy.train(experience, shuffle=False)
     np.testing.assert_allclose(logits(model, data), data["final_test_logits"], rtol=0, atol=1e-8)
     close(dict(model.named_parameters()), tensors(data, "final"))

@@ -1,0 +1,175 @@
+"""One run of a transfer experiment: pre-train once, then transfer with every optimizer; ends in ``results.json``.
+
+An interrupted pre-training resumes exactly; the transfers, minutes at most, start over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
+from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
+from avalanche_firn.experiments.pretraining import pretrain
+from avalanche_firn.experiments.recipe import dump
+from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
+from avalanche_firn.experiments.transfer_config import TransferExperiment
+from avalanche_firn.experiments.transfer_data import TransferData
+from avalanche_firn.experiments.transfer_protocols import FIGURES, Transfers, number, run_transfers, transfer_figures
+from avalanche_firn.experiments.transfer_sections import TransferOptimizerConfig
+from avalanche_firn.strategies.transfer import TransferResult
+
+__all__ = ["FIGURES", "dynamics_file", "run"]
+
+
+def dynamics_file(folder: Path, optimizer: str) -> Path:
+    """Where the losses of single tasks lie, as ``Dynamics.to_dict`` wrote them."""
+    return folder / f"dynamics-{optimizer}.json"
+
+
+def _rows(results: Sequence[TransferResult]) -> list[list[float]]:
+    return [run.curve.tolist() for run in results]
+
+
+def _described(transfers: Transfers, section: TransferOptimizerConfig) -> dict[str, Any]:
+    """Plain values of all transfers with one optimizer."""
+    sweeps = {
+        name: {
+            "rates": list(sweep.rates),
+            "accuracy": sweep.accuracy[:, :, -1].tolist(),
+            "diverged": sweep.diverged.tolist(),
+            "at_edge": sweep.at_edge,
+            "envelope": sweep.envelope().tolist(),
+        }
+        for name, sweep in transfers.sweeps.items()
+    }
+    return {
+        "optimizer": section.model_dump(exclude={"label"}),
+        "rates": transfers.rates,
+        "sweeps": sweeps,
+        "figures": transfer_figures(transfers),
+        "logged_after": list(transfers.continual[0].logged_after),
+        "continual": {"curves": _rows(transfers.continual), "accuracy": [run.accuracy for run in transfers.continual]},
+        "iid": {"accuracy": [run.accuracy for run in transfers.iid]},
+        "shocks": [{"size": number(s.size), "iterations": s.iterations} for s in transfers.shocks],
+        "diverged": any(run.diverged for run in [*transfers.continual, *transfers.iid]),
+    }
+
+
+def run(
+    config: TransferExperiment,
+    folder: Path,
+    data: TransferData,
+    *,
+    quiet: bool = False,
+    bar: bool = False,
+    say: Callable[[str], None] | None = print,
+) -> dict[str, Any]:
+    """Pre-train with one method and seed and transfer with all optimizers, or read what is finished.
+
+    Args:
+        config: with one method and one seed.
+        folder: of the run; made if needed. The caller has checked that it holds no other run.
+        data: see :func:`~avalanche_firn.experiments.transfer_data.build_data`.
+        quiet: no line per transfer. bar: a progress bar of the pre-training.
+
+    Returns:
+        The content of ``results.json``.
+    """
+    done = read_results(folder)
+    if done is not None:
+        return done
+    start = time.perf_counter()
+    method, seed = config.methods[0], config.seeds[0]
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    seed_everything(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", dump(config))
+    write_json(folder / "environment.json", describe_environment(device))
+    tell = say if say is not None and not quiet else lambda text: None
+    model, held_out = pretrain(config, data, folder, device, bar=bar)
+    trained = time.perf_counter() - start
+    label = f"{method.name} seed {seed}"
+    tell(f"{label}: {100 * held_out['accuracy']:.2f} % of held-out images of the pre-training classes; {trained:.1f} s")
+    optimizers: dict[str, Any] = {}
+    pictures: list[tuple[str, Transfers]] = []
+    for section in config.transfer.optimizers:
+        begun = time.perf_counter()
+        transfers = run_transfers(config, section, model, data, device, held_out["loss"])
+        optimizers[section.label] = _described(transfers, section)
+        pictures.append((section.label, transfers))
+        if transfers.dynamics is not None:
+            write_json(dynamics_file(folder, section.label), transfers.dynamics.to_dict())
+        if transfers.landscape is not None:
+            transfers.landscape.save(folder / f"landscape-{section.label}")
+        figures = optimizers[section.label]["figures"]
+        shown = ", ".join(
+            f"{name} {100 * value:.2f} %"
+            for name in ("continual", "iid")
+            if (value := figures[f"{name}/accuracy"]) is not None
+        )
+        tell(f"{label}, {section.label}: transfer accuracy {shown}; {time.perf_counter() - begun:.1f} s")
+    results = {
+        "format": FORMAT,
+        "experiment": "transfer",
+        "recipe": config.name,
+        "method": method.name,
+        "strategy": method.strategy,
+        "seed": seed,
+        "config_digest": config.digest(),
+        "group_digest": config.digest(seeds=False),
+        "data": {"source": config.data.name, "fingerprint": data.fingerprint, "description": str(data)},
+        "network": {"name": config.network.name, "parameters": sum(p.numel() for p in model.parameters())},
+        "protocol": {
+            "task_identity_at_test": False,
+            "replay": method.strategy in ("asb", "meta_asb"),  # of pre-training images, in the pre-training only
+            "zap": getattr(method, "zap", False),
+            "rates_chosen_on": "transfer classes (test)" if config.transfer.select == "test_envelope" else "validation",
+            "trainable": config.transfer.trainable,
+            "head": config.transfer.head,
+            "tasks": config.transfer.tasks or data.transfer[0].num_classes,
+            "trials": config.transfer.trials,
+        },
+        "pretraining": held_out,
+        "optimizers": optimizers,
+        "cost": {
+            "seconds": time.perf_counter() - start,
+            "pretraining_seconds": trained,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        },
+    }
+    _log(config, folder, results, pictures)
+    write_json(folder / FILE, results)
+    return results
+
+
+def _log(
+    config: TransferExperiment, folder: Path, results: dict[str, Any], pictures: Sequence[tuple[str, Transfers]]
+) -> None:
+    """Curves, figures and pictures for TensorBoard, all at once at the end."""
+    figures: dict[str, float | None] = {}
+    with SummaryWriter(str(folder), filename_suffix=".transfer") as writer:
+        log_text_config(writer, dump(config))
+        for label, transfers in pictures:
+            described = results["optimizers"][label]
+            for step, value in zip(
+                described["logged_after"], np.mean(described["continual"]["curves"], 0), strict=True
+            ):
+                writer.add_scalar(f"transfer/{label}/continual", value, step)
+            figures |= {f"{label}/{name}": value for name, value in described["figures"].items()}
+            if transfers.dynamics is not None:
+                for name, figure in transfers.dynamics.figures().items():
+                    writer.add_figure(f"dynamics/{label}/{name}", figure, 0)
+            if transfers.landscape is not None:
+                writer.add_figure(f"landscape/{label}", transfers.landscape.figure(), 0)
+        figures |= {f"pretraining/held-out-{name}": value for name, value in results["pretraining"].items()}
+        log_hparams(writer, config.identity() | {"seeds": results["seed"]}, figures)
