@@ -104,28 +104,49 @@ def _scope(config: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
 
 def control_pairs(
     groups: Sequence[TransferGroup], configs: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[TransferGroup, TransferGroup]]:
-    """(zapping, control) with the same optimizer, where nothing but the zaps differs in their configurations."""
+) -> list[tuple[TransferGroup, TransferGroup, bool]]:
+    """(zapping, control, exact) with the same optimizer.
+
+    Exact: nothing but the zaps differs in their configurations. Where a strategy has no exact control, its only
+    zapping method and its only other one are a pair too: each side with settings of its own.
+    """
     found = []
     for zapping in groups:
+        if not zapping.runs[0]["protocol"]["zap"] or zapping.digest not in configs:
+            continue
+        near = []
         for control in groups:
-            if zapping.optimizer != control.optimizer or not {zapping.digest, control.digest} <= configs.keys():
-                continue
-            if not zapping.runs[0]["protocol"]["zap"] or control.runs[0]["protocol"]["zap"]:
+            if zapping.optimizer != control.optimizer or control.digest not in configs:
                 continue
             ours, theirs = configs[zapping.digest], configs[control.digest]
+            if control.runs[0]["protocol"]["zap"] or not _alike(ours, theirs, zapping.optimizer):
+                continue
             methods = [{k: v for k, v in c["methods"][0].items() if k not in _ZAP} for c in (ours, theirs)]
-            if methods[0] == methods[1] and _scope(ours, zapping.optimizer) == _scope(theirs, control.optimizer):
-                found.append((zapping, control))
+            if methods[0]["strategy"] == methods[1]["strategy"]:
+                near.append((zapping, control, methods[0] == methods[1]))
+        exact = [pair for pair in near if pair[2]]
+        rivals = [g for g in groups if g.optimizer == zapping.optimizer and _strategy(g) == _strategy(zapping)]
+        found += exact or (near if len(rivals) == 2 else [])
     return found
+
+
+def _alike(ours: Mapping[str, Any], theirs: Mapping[str, Any], optimizer: str) -> bool:
+    return _scope(ours, optimizer) == _scope(theirs, optimizer)
+
+
+def _strategy(group: TransferGroup) -> str:
+    return str(group.runs[0]["strategy"])
 
 
 def _zap_tables(groups: Sequence[TransferGroup], configs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     pairs = control_pairs(groups, configs)
     found = []
-    for optimizer in dict.fromkeys(zapping.optimizer for zapping, _ in pairs):
+    for optimizer in dict.fromkeys(zapping.optimizer for zapping, *_ in pairs):
         title = f"Zapping against its control, {optimizer}: mean ± 95 % interval of paired differences over seeds"
-        chosen = [(f"{a.method} - {b.method}", a, b) for a, b in pairs if a.optimizer == optimizer]
+        own = [pair for pair in pairs if pair[0].optimizer == optimizer]
+        if not all(exact for *_, exact in own):
+            title += " (*: each side with pre-training settings of its own)"
+        chosen = [(f"{a.method} - {b.method}{'' if exact else ' *'}", a, b) for a, b, exact in own]
         found += _differences(title, chosen, COLUMNS)
     return found
 

@@ -30,6 +30,7 @@ from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.rehearsal import RehearsalPlugin
 from avalanche_firn.plugins.schedules import cosine, lagged_cosine, multistep
+from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
 from avalanche_firn.plugins.slow_learner import SlowLearnerPlugin
 from avalanche_firn.plugins.task_inference import MahalanobisTaskInference, TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
@@ -52,6 +53,7 @@ __all__ = [
     "MahalanobisTaskInference",
     "MixedPrecisionPlugin",
     "RehearsalPlugin",
+    "SequentialPhasePlugin",
     "SlowLearnerPlugin",
     "TaskInferencePlugin",
     "WarmupCosinePlugin",

@@ -331,7 +331,6 @@ def test_differences_are_over_common_seeds_only() -> None:
     [
         (CONFIGS, 2),
         (CONFIGS | {"iid": config_of("iid", zap_every=3)}, 2),  # means nothing without zaps
-        (CONFIGS | {"iid": config_of("iid", epochs=6)}, 0),
         (CONFIGS | {"iid": config_of("iid") | {"data": {"name": "omniglot"}}}, 0),
         (CONFIGS | {"iid": config_of("iid") | {"transfer": {"optimizers": [{"label": "slow", "name": "sgd"}]}}}, 0),
         ({}, 0),
@@ -340,14 +339,25 @@ def test_differences_are_over_common_seeds_only() -> None:
 def test_a_control_differs_in_the_zaps_alone(configs: dict, pairs: int) -> None:
     found = control_pairs(transfer_groups(RUNS), configs)
     assert len(found) == pairs
-    assert all((a.method, b.method) == ("iid_zap", "iid") and a.optimizer == b.optimizer for a, b in found)
+    assert all((a.method, b.method) == ("iid_zap", "iid") and a.optimizer == b.optimizer for a, b, _ in found)
+    assert all(exact for *_, exact in found)
+
+
+def test_the_only_two_of_a_strategy_are_a_pair_with_a_mark() -> None:
+    configs = CONFIGS | {"iid": config_of("iid", epochs=6)}
+    assert [exact for *_, exact in control_pairs(transfer_groups(RUNS), configs)] == [False, False]
+    heads, _ = table(transfer_groups(RUNS), "Zapping against its control, slow", configs)
+    assert heads == ["difference", "iid_zap - iid *"]
+    third = [made_up("iid_twice", seed, 0.5, strategy="iid") for seed in (0, 1, 2)]
+    configs |= {third[0]["group_digest"]: config_of("iid", epochs=9)}
+    assert not control_pairs(transfer_groups([*RUNS, *third]), configs)
 
 
 def test_other_optimizers_do_not_part_a_pair() -> None:
     fewer = config_of("iid")
     fewer["transfer"]["optimizers"] = fewer["transfer"]["optimizers"][:1]
     found = control_pairs(transfer_groups(RUNS), CONFIGS | {"iid": fewer})
-    assert [zapping.optimizer for zapping, _ in found] == ["slow"]
+    assert [zapping.optimizer for zapping, *_ in found] == ["slow"]
 
 
 def test_optimizers_are_compared_within_methods_sgd_first() -> None:
