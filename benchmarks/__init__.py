@@ -7,7 +7,7 @@ from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation, TwoV
 from avalanche_firn.benchmarks.class_files import read_class_images
 from avalanche_firn.benchmarks.class_images import ClassImages
 from avalanche_firn.benchmarks.classic import avalanche_benchmarks, avalanche_stream, cut_benchmark, wrap_benchmark
-from avalanche_firn.benchmarks.digits import digits_stream
+from avalanche_firn.benchmarks.digits import digit_classes, digits_stream
 from avalanche_firn.benchmarks.domains import build_domain_stream, domain_folder_stream
 from avalanche_firn.benchmarks.folder import folder_stream
 from avalanche_firn.benchmarks.mini_imagenet import mini_imagenet_classes, mini_imagenet_stream
@@ -41,6 +41,7 @@ __all__ = [
     "check_disjoint",
     "class_order",
     "cut_benchmark",
+    "digit_classes",
     "digits_stream",
     "domain_folder_stream",
     "folder_stream",

@@ -70,6 +70,11 @@ class ClassImages:
                 f"labels are not 0..{len(names) - 1} in this order, each at least once; accepted: images sorted by "
                 f"class, and the {len(names)} classes of class_names"
             )
+        if images.stride() != _row_major(images.shape):
+            # grey images read as (N, H, W, 1) also pass as channels_last, whose kernels are slower on a CPU
+            object.__setattr__(
+                self, "images", torch.empty(images.shape, dtype=images.dtype, device=images.device).copy_(images)
+            )
         object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "_counts", counts)
         for name in ("mean", "std"):
@@ -233,6 +238,11 @@ class _GreyDataset(TensorImageDataset):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._mean: Tensor = self._mean[:1]
         self._std: Tensor = self._std[:1]
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor laid out in the order of its axes, also along axes of length 1."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _class_id(value: object, count: int) -> int | None:

@@ -80,10 +80,10 @@ class TaskDynamics(PluginMetric[Dynamics]):
     :param tasks: an Avalanche stream or list of experiences, a list of data sets, or a list of pairs of tensors
         (images (n, ...) float, labels (n,) int); one per task. Training or test images, as you like: read once, here.
     :param every: iterations between rows, 1 for each; or ``"experience"``, at each experience's end. 100: our choice.
-    :param max_tasks: tasks that are probed, spread evenly over the stream. 50: our choice.
+    :param max_tasks: tasks that are probed, spread evenly over the stream. 25: our choice, for its cost.
     :param images_per_task: spread evenly over each task's images in stored order. 5: our choice (the test images per
         class of the published Omniglot protocol).
-    :param batch_size: images per forward pass; its only effect is on memory and speed.
+    :param batch_size: images per forward pass, None: 32 on a CPU, else 256; its only effect is on memory and speed.
     :param task_names: a label for every task of the stream; default their indices.
     :param task_of: ``experience -> indices of the tasks that it trains``, for streams whose experience i isn't task i.
     :param images: emit the images.
@@ -96,9 +96,9 @@ class TaskDynamics(PluginMetric[Dynamics]):
         tasks: Sequence[Any],
         *,
         every: int | Literal["experience"] = 100,
-        max_tasks: int = 50,
+        max_tasks: int = 25,
         images_per_task: int = 5,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         task_names: Sequence[str] | None = None,
         task_of: Callable[[Any], Sequence[int]] | None = None,
         images: bool = True,

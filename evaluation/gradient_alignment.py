@@ -99,7 +99,7 @@ class GradientAlignment(PluginMetric[AlignmentHistory]):
         every: int = 100,
         max_tasks: int = 10,
         images_per_task: int = 25,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         ignore: Sequence[str] = (),
         task_of: Callable[[Any], Sequence[int]] | None = None,
     ) -> None:

@@ -254,7 +254,7 @@ def random_landscape(
     part: Part = "all",
     ignore: Collection[str] = (),
     head_name: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Landscape:
     """The loss on a random, filter-normalised plane with the model in its centre.
@@ -293,7 +293,7 @@ def trajectory_landscape(
     *,
     points: int = 25,
     margin: float = 0.2,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Landscape:
     """The loss on the principal plane of a path, through its last snapshot, with the path drawn.

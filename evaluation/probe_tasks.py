@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avalanche_firn.models.heads import UNSEEN_LOGIT, TaskwiseLinearHead
-from avalanche_firn.models.parts import evaluation_mode
+from avalanche_firn.models.parts import evaluation_mode, forward_batch
 from avalanche_firn.plugins.random_state import private_random_state
 
 
@@ -46,14 +46,14 @@ class ProbeTasks:
         ``(x, y, ...)``, or a pair of tensors: float images (n, ...) and integer labels (n,). A stream will do.
     :param max_tasks: tasks that are kept, spread evenly over all of them.
     :param images_per_task: images of each, spread evenly over the task in stored order.
-    :param batch_size: images per forward pass; its only effect is on memory and speed.
+    :param batch_size: images per forward pass, None: what suits the device; its only effect is on memory and speed.
     :raises ValueError: no tasks, a task without images, images of different shapes, labels below 0.
     """
 
-    def __init__(self, tasks: Sequence[Any], *, max_tasks: int, images_per_task: int, batch_size: int) -> None:
+    def __init__(self, tasks: Sequence[Any], *, max_tasks: int, images_per_task: int, batch_size: int | None) -> None:
         whole("max_tasks", max_tasks, 1)
         whole("images_per_task", images_per_task, 1)
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         self.total = len(tasks)
         """Tasks of the stream."""
         if not self.total:
@@ -114,7 +114,8 @@ class ProbeTasks:
         refuse_multi_task(model, "the tasks that are probed")
         placed = self.on(model, device)
         with private_random_state(), evaluation_mode(model), torch.autocast(device.type, enabled=False):
-            logits = torch.cat([check_logits(model(part)) for part in placed["images"].split(self.batch_size)])
+            size = forward_batch(self.batch_size, device)
+            logits = torch.cat([check_logits(model(part)) for part in placed["images"].split(size)])
         values = logits if logits.dtype == torch.float64 else logits.float()
         width, labels = values.shape[1], placed["labels"]
         if width == 0:  # a head without any unit

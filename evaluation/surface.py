@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avalanche_firn.evaluation.landscape_math import Weights
-from avalanche_firn.models.parts import evaluation_mode
+from avalanche_firn.models.parts import evaluation_mode, forward_batch
 from avalanche_firn.plugins.random_state import private_random_state
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -46,7 +46,7 @@ def loss_surface(
     xs: Sequence[float] | Tensor,
     ys: Sequence[float] | Tensor,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Surface:
     """Loss and accuracy on a grid of the plane ``origin + x * dx + y * dy``.
@@ -60,7 +60,7 @@ def loss_surface(
         origin: parameters by name; those that aren't named keep the model's value.
         dx, dy: directions, the names and shapes of ``origin``; any floating dtype.
         xs, ys: A and B coordinates.
-        batch_size: images per forward pass; 256, our choice.
+        batch_size: images per forward pass; None: 32 on a CPU, where more leave the cache, else 256.
         device: where to compute; default that of the model's first parameter. The model itself isn't moved.
 
     Returns:
@@ -83,8 +83,9 @@ def loss_surface(
     base, step_x, step_y = (
         {name: side[name].detach().to(device, parameters[name].dtype) for name in origin} for side in (origin, dx, dy)
     )
-    x = images.detach().to(device, place.dtype if images.is_floating_point() else images.dtype).split(batch_size)
-    y = labels.detach().to(device, torch.long).split(batch_size)
+    size = forward_batch(batch_size, device)
+    x = images.detach().to(device, place.dtype if images.is_floating_point() else images.dtype).split(size)
+    y = labels.detach().to(device, torch.long).split(size)
     sums = torch.zeros(2, len(grid[0]), len(grid[1]), dtype=torch.float64, device=device)
     # a model that draws even in evaluation mode must not shift what training draws later
     with evaluation_mode(model), private_random_state():
@@ -106,7 +107,7 @@ def loss_surface(
     return Surface(loss, accuracy)
 
 
-def check_data(images: Tensor, labels: Tensor, batch_size: int) -> int:
+def check_data(images: Tensor, labels: Tensor, batch_size: int | None) -> int:
     """The number of classes that the labels need; ValueError for data that :func:`loss_surface` doesn't accept."""
     if not isinstance(images, Tensor) or images.ndim < 2 or len(images) == 0:
         got = str(tuple(images.shape)) if isinstance(images, Tensor) else type(images).__name__
@@ -115,8 +116,8 @@ def check_data(images: Tensor, labels: Tensor, batch_size: int) -> int:
     if not whole or labels.shape != images.shape[:1] or int(labels.min()) < 0:
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels: got {got}; accepted are {len(images)} integers from 0, one for each image")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}; accepted are integers from 1")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size: got {batch_size!r}; accepted are None and integers from 1")
     return int(labels.max()) + 1
 
 

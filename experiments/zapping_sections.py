@@ -60,5 +60,5 @@ class TaskDynamicsConfig(_Section):
     every: Annotated[int, Field(ge=1)] | Literal["experience"] = Field(
         default=100, description="iterations between probes, or after every task; our choice"
     )
-    max_tasks: int = Field(default=50, ge=1, description="probed, spread over the stream; our choice")
+    max_tasks: int = Field(default=25, ge=1, description="probed, spread over the stream; our choice")
     images_per_task: int = Field(default=5, ge=1, description="spread over a task's images; our choice")

@@ -151,6 +151,17 @@ def with_taskwise_head(model: nn.Module, *, feature_size: int | None = None, fre
     return FeatureClassifier(model, TaskwiseLinearHead(feature_size, freeze_old=freeze_old))
 
 
+def forward_batch(batch_size: int | None, device: torch.device) -> int:
+    """Images per forward pass without gradients: the number asked for, or for None one that suits the device.
+
+    32 on a CPU: measured on the 28-pixel convnets, batches whose maps leave the cache take three times as long per
+    image. 256 elsewhere, where few large kernels are faster.
+    """
+    if batch_size is not None:
+        return batch_size
+    return 32 if device.type == "cpu" else 256
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, every module's own mode again after it."""
@@ -259,5 +270,6 @@ __all__ = [
     "evaluation_mode",
     "extract_features",
     "find_parts",
+    "forward_batch",
     "with_taskwise_head",
 ]

@@ -151,12 +151,13 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Put the episodes in place of the batches."""
         assert self.seed is not None
-        if type(strategy.dataloader) not in (DataLoader, TaskBalancedDataLoader):
+        dataset, loader = strategy.adapted_dataset, strategy.dataloader
+        plain = type(loader) is DataLoader and loader.dataset is dataset
+        if not plain and type(loader) is not TaskBalancedDataLoader:  # the two that Avalanche itself makes
             raise ValueError(
-                f"another plugin has put its {type(strategy.dataloader).__name__} in place of the loader; episodes "
+                f"another plugin has put its {type(loader).__name__} in the place of the loader; episodes "
                 "need one of their own"
             )
-        dataset = strategy.adapted_dataset
         sampler = EpisodeSampler(
             [int(t) for t in dataset.targets],
             episodes=self.episodes,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts
+from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts, forward_batch
 from avalanche_firn.plugins.random_state import derived_seed
 from avalanche_firn.strategies.transfer_start import (
     HeadStart,
@@ -99,7 +99,7 @@ class _Transfer:
         support: int,
         train_mode: bool,
         log_train: bool,
-        eval_batch_size: int,
+        eval_batch_size: int | None,
         device: torch.device | str | None,
         head_name: str | None,
         seed: int,
@@ -110,7 +110,7 @@ class _Transfer:
             raise ValueError(f"lr is {lr}; a finite rate, 0 or above, is accepted")
         if trainable not in ("all", "head"):
             raise ValueError(f"trainable is {trainable!r}; 'all' or 'head' is accepted")
-        if support < 1 or eval_batch_size < 1:
+        if support < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"support is {support}, eval_batch_size {eval_batch_size}; 1 and above is accepted")
         chosen = [tasks[i] for i in order]
         for i, task in zip(order, chosen, strict=True):
@@ -127,6 +127,7 @@ class _Transfer:
         self.model = copy.deepcopy(model)
         device = next(self.model.parameters()).device if device is None else torch.device(device)
         self.device = device
+        self.eval_batch_size = forward_batch(eval_batch_size, device)
         self.model.to(device)
         self.images = torch.cat([t.images for t in chosen]).to(device)
         self.labels = torch.cat([t.labels for t in chosen]).to(device)
@@ -153,20 +154,18 @@ class _Transfer:
         self.step_images, self.step_test = self.images, self.test_images
         if trainable == "head" and not train_mode and ends_in(self.model, parts.head, self.images[:1]):
             # the backbone can't change, so its features are computed once
-            self.step_images = self._features(parts, self.images, self.labels, eval_batch_size)
-            self.step_test = self._features(parts, self.test_images, self.test_labels, eval_batch_size)
+            self.step_images = self._features(parts, self.images, self.labels)
+            self.step_test = self._features(parts, self.test_images, self.test_labels)
             self.step_model = parts.head
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = optimizer(self.parameters, lr=lr)
         self.log_train = log_train
-        self.eval_batch_size = eval_batch_size
         self.rows: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.logged: list[int] = []
 
-    def _features(self, parts: ModelParts, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        pairs = TensorPairs(images, labels)
-        name = parts.head_name
-        features, _ = extract_features(self.model, pairs, batch_size=batch_size, device=self.device, head_name=name)
+    def _features(self, parts: ModelParts, images: Tensor, labels: Tensor) -> Tensor:
+        pairs, name, size = TensorPairs(images, labels), parts.head_name, self.eval_batch_size
+        features, _ = extract_features(self.model, pairs, batch_size=size, device=self.device, head_name=name)
         return features.to(next(parts.head.parameters()).dtype)
 
     def step(self, rows: Any) -> None:
@@ -198,7 +197,8 @@ class _Transfer:
         task = torch.arange(len(counts)).repeat_interleave(counts).to(self.device)
         sums = torch.zeros(2, len(counts), dtype=torch.float64, device=self.device)
         sums.index_add_(1, task, torch.cat(hits, 1).double())
-        return (sums / counts.to(self.device)).unbind()
+        shares = sums / counts.to(self.device)
+        return shares[0], shares[1]
 
     def result(self, *, sequential: bool) -> TransferResult:
         """All figures, on the CPU."""
@@ -240,7 +240,7 @@ def continual_transfer(
     log_train: bool = False,
     shuffle_tasks: bool = False,
     seed: int = 0,
-    eval_batch_size: int = 256,
+    eval_batch_size: int | None = None,
     device: torch.device | str | None = None,
     dynamics: TaskDynamics | None = None,
     after_task: Callable[[nn.Module, int], Any] | None = None,
@@ -259,6 +259,7 @@ def continual_transfer(
     :param log_train: also on the images learnt from, which costs as many forward passes again.
     :param shuffle_tasks: order of the tasks drawn from ``seed``; images keep theirs.
     :param seed: of order and classifier.
+    :param eval_batch_size: images per forward pass of an evaluation, None: what suits the device.
     :param device: None: where the model is.
     :param dynamics: follows the loss of every task; its tasks are those given here, in the same order.
     :param after_task: called with the model and the number of tasks learnt: with 0 before the first step, then after
@@ -329,7 +330,7 @@ def iid_transfer(
     log_train: bool = False,
     orders: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
-    eval_batch_size: int = 256,
+    eval_batch_size: int | None = None,
     device: torch.device | str | None = None,
     dynamics: TaskDynamics | None = None,
     head_name: str | None = None,

@@ -80,7 +80,8 @@ def sweep_rates(
         raise ValueError(f"rates is {list(rates)}; finite rates, 0 or above, are accepted")
     if trials < 1:
         raise ValueError(f"trials is {trials}; 1 and above is accepted")
-    curves, diverged, logged = [], [], ()
+    curves, diverged = [], []
+    logged: tuple[int, ...] = ()
     for rate in rates:
         runs = [transfer(model, tasks, lr=rate, seed=seed + trial, **settings) for trial in range(trials)]
         curves.append(torch.stack([run.curve for run in runs]))

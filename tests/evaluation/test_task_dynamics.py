@@ -236,7 +236,7 @@ def test_default_resolution_is_cheap():
     passes = schedule([15] * 100, 100)[3]  # 1,500 iterations of batch 1
     assert passes == 1 + math.ceil(100 / 7)  # every seventh end: 105 iterations
     settings = TaskDynamics(pairs()[:1] * 600).probe
-    assert len(settings) == 50 and len(settings.images) == 250  # one batch of 256
+    assert len(settings) == 25 and len(settings.images) == 125
 
 
 @pytest.mark.usefixtures("cheap_pictures")

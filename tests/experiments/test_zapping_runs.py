@@ -43,8 +43,8 @@ def test_zaps_that_would_do_nothing_or_harm_are_refused(method, path, said) -> N
 def done(tmp_path_factory):
     words = [
         f"output={str(tmp_path_factory.mktemp('zapping'))!r}", "seeds=[0]", "stream.tasks=[5,5]", "training.epochs=2",
-        "methods=[naive,lp_ft_zap,slca_zap]", "methods.lp_ft_zap.zapping.every=1", "device=cpu",
-        "methods.slca_zap.zapping.every=1", "evaluation.dynamics={every: experience, images_per_task: 10}",
+        "methods=[naive,lp_ft_zap,slca_zap]", "device=cpu",
+        "evaluation.dynamics={every: experience, images_per_task: 10}",
     ]  # fmt: skip
     return compare(load_recipe("zapping_stream_digits", words), quiet=True)
 

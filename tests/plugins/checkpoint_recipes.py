@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 from collections import OrderedDict
@@ -45,14 +46,17 @@ from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.plain_state import differing_state
+from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
 from avalanche_firn.plugins.strategy_state import capture_strategy
 from avalanche_firn.plugins.task_inference import TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
+from avalanche_firn.plugins.zapping import ZappingPlugin
 from avalanche_firn.strategies.cila import CILA
 from avalanche_firn.strategies.lorac_ipc import LoRACIPC
 from avalanche_firn.strategies.lp_ft import LPFT
 from avalanche_firn.strategies.slca import SLCA
 from avalanche_firn.strategies.slca_plus_plus import SLCAPlusPlus
+from avalanche_firn.strategies.zapping import ASB, MetaASB
 
 X, Y = load_digits(return_X_y=True)
 X, Y = torch.tensor(X, dtype=torch.float32) / 16, torch.tensor(Y)
@@ -449,10 +453,71 @@ def slca_plus_plus(plugins, loggers=(), **kwargs):
     return strategy, bm, {"eval_streams": [bm.test_stream] if "eval_every" in kwargs else []}
 
 
+EPISODES = {"episodes": 8, "inner_steps": 3, "remember_size": 8}
+
+
+def asb(plugins, loggers=(), **kwargs):
+    """Eight episodes in each experience on random views, dropout, a growing classifier; the seed is drawn."""
+    bm = stream(Noisy)
+    settings = {"inner_lr": 0.05, "outer_lr": 0.01, "eval_mb_size": 64, **EPISODES, **kwargs}
+    strategy = ASB(model=Growing(), plugins=plugins, evaluator=evaluator(*loggers), **settings)
+    return strategy, bm, {"eval_streams": [bm.test_stream] if "eval_every" in kwargs else []}
+
+
+def asb_evaluated(plugins, loggers=()):
+    """Evaluations between two episodes; the classifier has all its rows from the first one on."""
+    return asb(plugins, loggers, eval_every=3, peval_mode="iteration")
+
+
+def meta_asb(plugins, loggers=()):
+    """BatchNorm, whose statistics move in the sequences that are dropped; a clipped gradient, momentum."""
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    strategy = MetaASB(
+        model=FeatureClassifier(nn.Sequential(*layers), nn.Linear(72, 10)),
+        inner_lr=0.05,
+        outer_lr=0.05,
+        outer_optimizer=functools.partial(torch.optim.SGD, momentum=0.9),
+        max_grad_norm=1.0,
+        cycles=2,
+        eval_mb_size=64,
+        seed=3,
+        plugins=plugins,
+        evaluator=evaluator(*loggers),
+        **EPISODES,
+    )
+    return strategy, squares(), {"eval_streams": []}
+
+
+def episodes_lasting_workers(plugins, loggers=()):
+    """The plugin alone, two passes an experience, augmentation in worker processes that are asked to live on."""
+    phase = SequentialPhasePlugin(0.05, zap=True, seed=3, **EPISODES)
+    settings = {"eval_streams": [], "num_workers": 2, "persistent_workers": True}
+    return sgd(Growing(), [phase, *plugins], loggers), stream(Noisy), settings
+
+
+def zapped_iid(plugins, loggers=(), **kwargs):
+    """Half of the rows before the second and third epoch, from private generators; Adam keeps its state."""
+    bm = stream(Noisy)
+    zaps = ZappingPlugin.pretraining(**{"fraction": 0.5, "target": "4", "optimizer_state": "rows_seeded", **kwargs})
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    settings = {**COMMON, "train_epochs": 3}
+    strategy = Naive(
+        model=model, optimizer=optimizer, plugins=[zaps, *plugins], evaluator=evaluator(*loggers), **settings
+    )
+    return strategy, bm, {"eval_streams": []}
+
+
+def zapped_iid_reference(plugins, loggers=()):
+    """Rows by NumPy's generator, values from the global one, as the released code."""
+    return zapped_iid(plugins, loggers, reference=True, optimizer_state="keep")
+
+
 RECIPES = [
     naive_adam, growing, growing_by_iteration, early_stopping, stopped_epochs, ewc, synaptic_intelligence, workers,
     lasting_workers, augmented, slca, slca_evaluated, slca_bf16, head_per_task, lp_ft, lp_ft_one_optimizer,
     cila, cila_task, cila_final_model, cila_domains, lorac_ipc, slca_plus_plus,
+    asb, asb_evaluated, meta_asb, episodes_lasting_workers, zapped_iid, zapped_iid_reference,
 ]  # fmt: skip
 
 

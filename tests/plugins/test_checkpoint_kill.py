@@ -39,6 +39,7 @@ PRELOAD = [
     "avalanche_firn.strategies.lorac_ipc",
     "avalanche_firn.strategies.slca",
     "avalanche_firn.strategies.slca_plus_plus",
+    "avalanche_firn.strategies.zapping",
     "tensorboard.backend.event_processing.event_accumulator",
 ]
 
@@ -98,7 +99,9 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
     from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
     from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
+    from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
     from avalanche_firn.plugins.task_inference import TaskInferencePlugin
+    from avalanche_firn.plugins.zapping import ZappingPlugin
 
     torch.set_num_threads(1)
     run = Path(folder)
@@ -124,12 +127,17 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     def step(importance: Any, strategy: Any) -> str:
         return f"{'window' if importance._recording else 'plain'}-{strategy.experience.current_experience}"
 
+    def inner(phase: Any, strategy: Any, *args: Any) -> str:  # a step in a sequence of an episode
+        return f"inner-{strategy.experience.current_experience}"
+
     for owner, name, phase in (
         (ContrastiveDistillationPlugin, "__call__", loss),
         (ClassifierStagePlugin, "_features", fit),
         (ImportantParameterPlugin, "after_update", step),
         (TaskInferencePlugin, "_measure", "measuring"),
         (TaskInferencePlugin, "_second_pass", "inferring"),
+        (SequentialPhasePlugin, "_step", inner),
+        (ZappingPlugin, "_zap", "zapping"),
     ):
         setattr(owner, name, mark.around(getattr(owner, name), phase))
 
@@ -255,6 +263,9 @@ def test_the_run_covers_what_is_to_be_killed(references):
         ("cila", 4),
         ("lorac_ipc", 4),
         ("slca_plus_plus", 4),
+        ("asb", 3),
+        ("meta_asb", 3),
+        ("zapped_iid", 2),
         pytest.param("slca_evaluated", 200, marks=pytest.mark.slow),
         *(
             pytest.param(f"cila{name}", 60, marks=pytest.mark.slow)
@@ -263,6 +274,10 @@ def test_the_run_covers_what_is_to_be_killed(references):
         *(
             pytest.param(recipe, 60, marks=pytest.mark.slow)
             for recipe in ("lorac_ipc", "lorac_ipc_evaluated", "slca_plus_plus")
+        ),
+        *(
+            pytest.param(recipe, 60, marks=pytest.mark.slow)
+            for recipe in ("asb", "asb_evaluated", "meta_asb", "zapped_iid", "zapped_iid_reference")
         ),
     ],
 )
@@ -380,3 +395,35 @@ def test_what_the_stories_of_low_rank_runs_tell(references):
     assert [kept["tasks"] for kept in seen] == 12 * [["1", "0"]] + 8 * [["2", "1"]] + 8 * [["3", "2"]]
     assert [len(names) for names in plugins["ImportantParameterPlugin"]["frozen_after"]] == [2, 4, 6]
     assert {"lorac/frozen", "lorac/task-inference", "lorac/overlap/cosine"} <= {tag for tag, _, _ in events}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "places"),
+    [
+        ("asb", [("inner-0", 9), ("inner-0", 40), ("inner-1", 6), ("inner-1", 27), ("inner-2", 1), ("inner-2", 20)]),
+        ("meta_asb", [("inner-0", 17), ("inner-0", 44), ("inner-1", 12), ("inner-1", 61), ("inner-2", 1)]),
+        ("zapped_iid", [("zapping", 1), ("zapping", 2), ("zapping", 3), ("zapping", 4), ("training", 30)]),
+    ],
+)  # fmt: skip
+def test_kills_in_sequences_and_zaps(recipe, places, references, tmp_path):
+    """One chain: between the steps of a sequence, before and after rows are redrawn. Two marks per step, three (six)
+    steps per episode; checkpoints every three episodes."""
+    expected, _, _ = references(recipe)
+    draws = iter([*({"only": phase, "kill_at": count} for phase, count in places), {}])
+    assert kill_until_done(tmp_path / recipe / "run", lambda: next(draws), expected) == [phase for phase, _ in places]
+
+
+def test_what_the_stories_of_zapped_runs_tell(references):
+    """Seeds that were drawn, generators that have moved on, every zap, losses in the sequences of each experience."""
+
+    def told(recipe):
+        (_, _, state, events), _, _ = references(recipe)
+        return {p["class"].split(".")[-1].strip("'"): p["state"] for p in json.loads(state)["plugins"]}, events
+
+    plugins, events = told("asb")
+    assert int(plugins["SequentialPhasePlugin"]["seed"]) > 0
+    losses = [(tag, step) for tag, step, _ in events if tag.startswith("zap/")]
+    assert losses == [(f"zap/inner-loss-{place}", step) for place in ("first", "last") for step in (8, 16, 24)]
+    assert told("meta_asb")[0]["SequentialPhasePlugin"]["seed"] == "3"
+    history = told("zapped_iid")[0]["ZappingPlugin"]["history"]
+    assert [(zap[1], len(zap[3])) for zap in history] == [("1", 5), ("2", 5)] * 3
