@@ -114,8 +114,8 @@ class ProbeTasks:
         refuse_multi_task(model, "the tasks that are probed")
         placed = self.on(model, device)
         with private_random_state(), evaluation_mode(model), torch.autocast(device.type, enabled=False):
-            size = forward_batch(self.batch_size, device)
-            logits = torch.cat([check_logits(model(part)) for part in placed["images"].split(size)])
+            step = forward_batch(self.batch_size, device)
+            logits = torch.cat([check_logits(model(part)) for part in placed["images"].split(step)])
         values = logits if logits.dtype == torch.float64 else logits.float()
         width, labels = values.shape[1], placed["labels"]
         if width == 0:  # a head without any unit
