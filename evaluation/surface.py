@@ -60,7 +60,7 @@ def loss_surface(
         origin: parameters by name; those that aren't named keep the model's value.
         dx, dy: directions, the names and shapes of ``origin``; any floating dtype.
         xs, ys: A and B coordinates.
-        batch_size: images per forward pass; None: 32 on a CPU, where more leave the cache, else 256.
+        batch_size: images per forward pass; None: 16 on a CPU, where more leave the cache, else 256.
         device: where to compute; default that of the model's first parameter. The model itself isn't moved.
 
     Returns:

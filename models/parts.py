@@ -154,12 +154,12 @@ def with_taskwise_head(model: nn.Module, *, feature_size: int | None = None, fre
 def forward_batch(batch_size: int | None, device: torch.device) -> int:
     """Images per forward pass without gradients: the number asked for, or for None one that suits the device.
 
-    32 on a CPU: measured on the 28-pixel convnets, batches whose maps leave the cache take three times as long per
+    16 on a CPU: measured on the 28-pixel convnets, batches whose maps leave the cache take three times as long per
     image. 256 elsewhere, where few large kernels are faster.
     """
     if batch_size is not None:
         return batch_size
-    return 32 if device.type == "cpu" else 256
+    return 16 if device.type == "cpu" else 256
 
 
 @contextmanager

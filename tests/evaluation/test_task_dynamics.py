@@ -235,7 +235,7 @@ def test_rows_and_blocks(lengths, every, steps, blocks, tasks):
 def test_default_resolution_is_cheap():
     passes = schedule([15] * 100, 100)[3]  # 1,500 iterations of batch 1
     rows = 1 + math.ceil(100 / 7)  # every seventh end: 105 iterations
-    assert passes == rows * math.ceil(25 * 5 / 32)  # 25 tasks of 5 images, by 32 on a CPU
+    assert passes == rows * math.ceil(25 * 5 / 16)  # 25 tasks of 5 images, by 16 on a CPU
     settings = TaskDynamics(pairs()[:1] * 600).probe
     assert len(settings) == 25 and len(settings.images) == 125
 
