@@ -19,7 +19,8 @@ and definitions are ours (:mod:`~avalanche_firn.evaluation.dynamics_math`).
 
 Cost with the defaults: one forward pass of at most 125 images in at least 100 iterations. Measured on one CPU thread
 (``speed/zapping.py``), training the 28-pixel convnet on one image at a time: 8 % of the time of the training with width
-16, 9 % with 32; with a row after every class of 15 images 1.5 and 1.7 times the time. ``every=1`` costs a pass an iteration.
+16, 9 % with 32; with a row after every class of 15 images 1.5 and 1.7 times the time. ``every=1`` costs a pass per
+iteration.
 Rows stay on the device until an experience ends, so training never waits for them. Memory: the images
 (:mod:`~avalanche_firn.evaluation.probe_tasks`) and 8 bytes per row and task on the device, 16 on the CPU.
 """

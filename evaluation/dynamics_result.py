@@ -187,6 +187,8 @@ class Dynamics:
         }
         if len(self.blocks):
             names = dict(zip(self.task_ids, self.task_names, strict=True))
+            if any(task not in names for tasks in self.block_tasks for task in tasks):
+                names = {}  # indices for all rows, since some tasks have no name here
             rows = [_block_name([names.get(task, str(task)) for task in tasks]) for tasks in self.block_tasks]
             found["block-effect"] = block_effect_figure(self.block_effect, block_names=rows, task_names=self.task_names)
         return found

@@ -140,7 +140,9 @@ def _curves(folder: Path, groups: Sequence[TransferGroup]) -> list[tuple[str, Pa
             top = (
                 1.03 * max(float(values.max()) for values in curves.values()) or 1.0
             )  # bands may go beyond 0 and 100 %
-            figure = curves_figure(curves, title=caption, xlabel="classes learnt", steps=points, limits=(0.0, top))
+            figure = curves_figure(
+                curves, title=f"continual transfer{which}", xlabel="classes learnt", steps=points, limits=(0.0, top)
+            )
             name = f"continual-accuracy{suffix}{f'-{number + 1}' if number else ''}"
             done.append((caption, save_figure(figure, folder / f"{file_name(name)}.png")))
     return done
