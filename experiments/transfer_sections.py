@@ -11,6 +11,7 @@ from avalanche_firn.experiments.sections import OptimizerConfig, Rate, Section
 
 __all__ = [
     "ASBConfig",
+    "AlphabetsConfig",
     "DataConfig",
     "DigitClassesConfig",
     "DynamicsConfig",
