@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of class order, weights, batches, zaps (default 0)")
     parser.add_argument("--logdir", default="runs/example-zapping-dynamics", help="folder of events and pictures")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # batches of one image gain nothing from a second core
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     before, after = streams(args.omniglot, args.seed)
