@@ -6,13 +6,10 @@ is itself a recipe. :func:`validate` reports all errors together. Nothing here i
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic.config import JsonDict
 
 from avalanche_firn.experiments.contrastive_sections import (
     AugmentationConfig,
@@ -25,6 +22,15 @@ from avalanche_firn.experiments.contrastive_sections import (
 from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
 from avalanche_firn.experiments.lora_sections import ImportanceConfig, LoRAConfig, TapConfig, TaskInferenceConfig
 from avalanche_firn.experiments.probe_sections import LinearProbeStageConfig
+from avalanche_firn.experiments.schema_rules import (
+    COSMETIC,
+    LABEL,
+    LABEL_HELP,
+    check_labels,
+    check_seeds,
+    digest_of,
+    named_methods,
+)
 from avalanche_firn.experiments.sections import (
     BackboneConfig,
     CheckpointConfig,
@@ -56,19 +62,13 @@ __all__ = [
     "validate",
 ]
 
-# Not part of a run's identity: where it is written, how it is shown, how often it can be resumed.
-_COSMETIC = ("name", "description", "output", "progress", "checkpoint")
-LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_LABEL_HELP: JsonDict = {"accepted": "letters, digits, points, dashes and underscores"}
-_RESERVED = ("summary",)
-
 
 class _Method(Section):
     """What every method has: a label, which names its folder and its rows, and its own training values."""
 
     name: str = Field(
         pattern=LABEL,
-        json_schema_extra=_LABEL_HELP,
+        json_schema_extra=LABEL_HELP,
         description="unique label: folder and table row. Default: the strategy's name",
     )
     training: TrainingOverride = Field(default_factory=TrainingOverride, description="where it differs from training")
@@ -257,7 +257,7 @@ MethodConfig = Annotated[
 class Config(Section):
     """A comparison of methods over seeds on one stream."""
 
-    name: str = Field(pattern=LABEL, json_schema_extra=_LABEL_HELP, description="folder of the comparison below output")
+    name: str = Field(pattern=LABEL, json_schema_extra=LABEL_HELP, description="folder of the comparison below output")
     description: str = Field(default="", description="one line for firn recipes ls")
     output: str = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
@@ -284,30 +284,17 @@ class Config(Section):
     @field_validator("methods", mode="before")
     @classmethod
     def _expand(cls, methods: Any) -> Any:
-        """A bare name is a method with its defaults; a missing label is the strategy's name."""
-        if not isinstance(methods, list):
-            return methods
-        expanded = [{"strategy": method} if isinstance(method, str) else method for method in methods]
-        return [
-            {"name": m["strategy"], **m} if isinstance(m, Mapping) and isinstance(m.get("strategy"), str) else m
-            for m in expanded
-        ]
+        return named_methods(methods)
 
     @field_validator("seeds")
     @classmethod
     def _unique_seeds(cls, seeds: list[int]) -> list[int]:
-        repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        reject([("", f"the seeds {repeated} are repeated", "every seed once")] if repeated else [])
-        return seeds
+        return check_seeds(seeds)
 
     @field_validator("methods")
     @classmethod
     def _unique_labels(cls, methods: list[Any]) -> list[Any]:
-        labels = [method.name for method in methods]
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        problems = [("", f"the names {repeated} are repeated", "every name once")] if repeated else []
-        problems += [("", f"the name {label} is reserved", "another name") for label in labels if label in _RESERVED]
-        reject(problems)
+        check_labels(methods)
         return methods
 
     @model_validator(mode="after")
@@ -401,15 +388,14 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""
-        return {key: value for key, value in self.model_dump().items() if key not in _COSMETIC}
+        return {key: value for key, value in self.model_dump().items() if key not in COSMETIC}
 
     def digest(self, *, seeds: bool = True) -> str:
         """SHA-256 of :meth:`identity`, hexadecimal: runs with the same digest are the same experiment.
 
         Without `seeds`: the same experiment but for the seed, so their figures may be averaged.
         """
-        identity = self.identity() if seeds else self.identity() | {"seeds": None}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.identity(), seeds=seeds)
 
 
 def validate(raw: Any, *, source: str = "") -> Config:

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from avalanche_firn.experiments.config import LABEL, Config, validate
+from avalanche_firn.experiments.config import Config, validate
 from avalanche_firn.experiments.errors import ConfigError, Problem, known_keys, nearest
+from avalanche_firn.experiments.schema_rules import LABEL
 from avalanche_firn.experiments.transfer_config import TransferExperiment, is_transfer, validate_transfer
 
 __all__ = [

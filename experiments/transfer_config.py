@@ -6,17 +6,23 @@ here imports torch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from avalanche_firn.experiments.errors import ConfigError, problems_of, reject
+from avalanche_firn.experiments.schema_rules import (
+    COSMETIC,
+    LABEL,
+    LABEL_HELP,
+    check_labels,
+    check_seeds,
+    digest_of,
+    named_methods,
+)
 from avalanche_firn.experiments.sections import CheckpointConfig, Section
 from avalanche_firn.experiments.transfer_sections import (
-    LABEL,
     DataConfig,
     DynamicsConfig,
     IidConfig,
@@ -28,9 +34,6 @@ from avalanche_firn.experiments.transfer_sections import (
 
 __all__ = ["TransferExperiment", "is_transfer", "validate_transfer"]
 
-_COSMETIC = ("name", "description", "output", "progress", "checkpoint")
-_RESERVED = ("summary",)
-
 
 class TransferExperiment(Section):
     """Networks pre-trained in several ways, each transferred with several optimizers."""
@@ -38,7 +41,7 @@ class TransferExperiment(Section):
     experiment: Literal["transfer"] = Field(description="marks this kind of recipe")
     name: str = Field(
         pattern=LABEL,
-        json_schema_extra={"accepted": "letters, digits, points, dashes and underscores"},
+        json_schema_extra=LABEL_HELP,
         description="folder of the experiment below output",
     )
     description: str = Field(default="", description="one line for firn recipes ls")
@@ -68,30 +71,17 @@ class TransferExperiment(Section):
     @field_validator("methods", mode="before")
     @classmethod
     def _named(cls, methods: Any) -> Any:
-        """A bare name is a method with its defaults; a missing label is the strategy's name."""
-        if not isinstance(methods, list):
-            return methods
-        expanded = [{"strategy": method} if isinstance(method, str) else method for method in methods]
-        return [
-            {"name": m["strategy"], **m} if isinstance(m, Mapping) and isinstance(m.get("strategy"), str) else m
-            for m in expanded
-        ]
+        return named_methods(methods)
 
     @field_validator("seeds")
     @classmethod
     def _unique_seeds(cls, seeds: list[int]) -> list[int]:
-        repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        reject([("", f"the seeds {repeated} are repeated", "every seed once")] if repeated else [])
-        return seeds
+        return check_seeds(seeds)
 
     @field_validator("methods")
     @classmethod
     def _unique_labels(cls, methods: list[Any]) -> list[Any]:
-        labels = [method.name for method in methods]
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        problems = [("", f"the names {repeated} are repeated", "every name once")] if repeated else []
-        problems += [("", f"the name {label} is reserved", "another name") for label in labels if label in _RESERVED]
-        reject(problems)
+        check_labels(methods)
         return methods
 
     @model_validator(mode="after")
@@ -118,12 +108,11 @@ class TransferExperiment(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""
-        return {key: value for key, value in self.model_dump().items() if key not in _COSMETIC}
+        return {key: value for key, value in self.model_dump().items() if key not in COSMETIC}
 
     def digest(self, *, seeds: bool = True) -> str:
         """SHA-256 of :meth:`identity`, hexadecimal; without `seeds` that of the same experiment but for the seed."""
-        identity = self.identity() if seeds else self.identity() | {"seeds": None}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.identity(), seeds=seeds)
 
 
 def is_transfer(raw: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
+from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP
 from avalanche_firn.experiments.sections import OptimizerConfig, Rate, Section
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "UntrainedConfig",
 ]
 
-LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Count = Annotated[int, Field(ge=1)]
 Digit = Annotated[int, Field(ge=0, le=9)]
 
@@ -138,7 +138,7 @@ class _Pretraining(Section):
 
     name: str = Field(
         pattern=LABEL,
-        json_schema_extra={"accepted": "letters, digits, points, dashes and underscores"},
+        json_schema_extra=LABEL_HELP,
         description="unique label: folder and table row. Default: the strategy's name",
     )
 
