@@ -13,6 +13,7 @@ from avalanche.logging import TensorboardLogger
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from avalanche.training.templates import SupervisedTemplate
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -116,6 +117,9 @@ def pretrain(
 
     An interrupted pre-training goes on from its last checkpoint and ends with the same weights.
 
+    Raises:
+        ConfigError: the folder holds weights of another configuration or other images.
+
     Returns:
         The network on the device, and ``accuracy``, ``loss`` on the held-out images of the pre-training classes.
     """
@@ -123,16 +127,29 @@ def pretrain(
     seed_everything(seed)
     model = build_network(config, data).to(device)
     weights = folder / WEIGHTS
+    made_from = f"{config.digest()} {data.fingerprint}"
     if weights.is_file():
+        _check_origin(weights, made_from)
         model.load_state_dict(load_file(weights, device=str(device)))
     elif method.strategy != "untrained":
         _train(config, data, model, folder, device, bar)
     if not weights.is_file():
         temporary = folder / f".{WEIGHTS}.tmp"
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(tensors, temporary, metadata={"made_from": made_from})
         temporary.replace(weights)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     return model, held_out_figures(model, data.held_out, device)
+
+
+def _check_origin(weights: Path, made_from: str) -> None:
+    """ConfigError where stored weights belong to another configuration or to other images."""
+    with safe_open(weights, framework="pt") as file:
+        stored = (file.metadata() or {}).get("made_from")
+    if stored != made_from:
+        raise ConfigError(
+            f"{weights} was pre-trained with another configuration or on other images; use --fresh to start over"
+        )
 
 
 def _train(

@@ -132,7 +132,7 @@ def run(
             "task_identity_at_test": False,
             "replay": method.strategy in ("asb", "meta_asb"),  # of pre-training images, in the pre-training only
             "zap": getattr(method, "zap", False),
-            "rates_chosen_on": "transfer classes (test)" if config.transfer.select == "test_envelope" else "validation",
+            "rates_chosen_on": _chosen_on(config),
             "trainable": config.transfer.trainable,
             "head": config.transfer.head,
             "tasks": config.transfer.tasks or data.transfer[0].num_classes,
@@ -150,6 +150,13 @@ def run(
     _log(config, folder, results, pictures)
     write_json(folder / FILE, results)
     return results
+
+
+def _chosen_on(config: TransferExperiment) -> str:
+    """Which classes decided the rates of the transfers."""
+    if all(len(optimizer.rates) == 1 for optimizer in config.transfer.optimizers):
+        return "given"
+    return "transfer classes (test)" if config.transfer.select == "test_envelope" else "validation"
 
 
 def _log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,26 @@ def test_an_interrupted_pretraining_goes_on_to_the_same_weights(finished, method
     monkeypatch.setattr(Interrupt, "armed", False)
     model, _ = pretraining.pretrain(single, data, tmp_path, device)
     assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
+
+
+def test_results_say_what_decided_the_rates() -> None:
+    searched = load_experiment("zapping_digits")
+    assert transfer_run._chosen_on(searched) == "validation"
+    on_test = load_experiment("zapping_digits", ["transfer.select=test_envelope"])
+    assert transfer_run._chosen_on(on_test) == "transfer classes (test)"
+    one = ["transfer.optimizers=[{label: adam, name: adam, rates: [0.001]}]"]
+    assert transfer_run._chosen_on(load_experiment("zapping_digits", one)) == "given"
+
+
+def test_weights_of_other_images_are_refused(finished, tmp_path) -> None:
+    config, _ = finished
+    single, data, device = config.single("untrained", 0), build_data(config.data), torch.device("cpu")
+    pretraining.pretrain(single, data, tmp_path, device)
+    pretraining.pretrain(single, data, tmp_path, device)
+    with pytest.raises(ConfigError, match="on other images"):
+        pretraining.pretrain(single, replace(data, fingerprint="other"), tmp_path, device)
+    with pytest.raises(ConfigError, match="another configuration"):
+        pretraining.pretrain(config.single("untrained", 1), data, tmp_path, device)
 
 
 def test_data_of_the_parts_is_disjoint() -> None:
