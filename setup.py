@@ -6,7 +6,8 @@ from setuptools import setup
 
 FOLDERS = ("models", "benchmarks", "plugins", "evaluation", "strategies", "experiments")
 ROOT = Path(__file__).parent
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15"]  # peft: adapters are loaded back
+HUGGINGFACE = ["datasets>=4.0"]  # runs no code of a data set's own
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15", *HUGGINGFACE]  # peft: loads adapters back
 
 setup(
     name="avalanche-firn",
@@ -40,6 +41,7 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
+        "huggingface": HUGGINGFACE,
         "test": TESTS,
         "dev": [
             *TESTS,
