@@ -196,8 +196,15 @@ TRANSFORM_PRESETS: dict[str, Callable[[], TransformPair]] = {
 }
 
 
-# What the images of a preset without augmentation are normalised with, mean and deviation of images in 0..1.
+# What the images of a preset are normalised with, mean and deviation of images in 0..1.
 PRESET_NORMALIZATION: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "slca_cifar": (CIFAR_MEAN, CIFAR_STD),
+    "slca_imagenet_r": (IMAGENET_MEAN, IMAGENET_STD),
+    "slca_cub": (IMAGENET_MEAN, IMAGENET_STD),
+    "slca_cars": (IMAGENET_MEAN, IMAGENET_STD),
+    "lorac": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "ucl_cifar": (UCL_MEAN, UCL_STD),
+    "ucl_tiny": (UCL_MEAN, UCL_STD),
     "co2l_cifar": (CO2L_CIFAR_MEAN, CO2L_CIFAR_STD),
     "co2l_tiny": (CO2L_TINY_MEAN, CO2L_TINY_STD),
     "co2l_digits": ((0.0,), (1.0,)),

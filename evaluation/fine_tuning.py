@@ -21,7 +21,8 @@ from avalanche.models.utils import avalanche_forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avalanche_firn.models.parts import find_parts
+from avalanche_firn.models.contrastive import ContrastiveClassifier
+from avalanche_firn.models.parts import FeatureClassifier, find_parts
 from avalanche_firn.plugins.random_state import private_random_state
 
 Head = tuple[Tensor, Tensor]
@@ -40,12 +41,14 @@ def adapted_copy(model: nn.Module, weight: Tensor, bias: Tensor, *, head_name: s
     :param weight: ``(K, d)``. :param bias: ``(K,)``.
     """
     parts = find_parts(model, head_name)
-    duplicate = copy.deepcopy(model)
+    duplicate: nn.Module = copy.deepcopy(model)
     size = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
     head = nn.utils.skip_init(_Classifier, **size, device=weight.device, dtype=weight.dtype)  # draws nothing
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
+    if isinstance(duplicate, ContrastiveClassifier):  # in training it gives projections and no logits
+        duplicate = FeatureClassifier(duplicate.backbone, duplicate.head)
     above, _, last = parts.head_name.rpartition(".")
     nn.Module.__setattr__(duplicate.get_submodule(above), last, head)  # Avalanche's as_multitask redirects its own
     for parameter in duplicate.parameters():

@@ -1,4 +1,4 @@
-"""The ``firn`` command: compare, run, resume, report, recipes, check.
+"""The ``firn`` command: compare, run, resume, report, results, export, recipes, check.
 
 Exit status: 0 done, 1 a run failed, 2 wrong configuration or usage, 130 interrupted. What takes seconds to import
 (torch, Avalanche) is imported inside the commands that train; a wrong recipe is answered before that.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -15,15 +16,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from avalanche_firn.experiments.about_sections import target_problems
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError, Problem, explain_keys, nearest
-from avalanche_firn.experiments.recipe import copy_recipe, list_recipes, load_experiment, parse, read_recipe
+from avalanche_firn.experiments.recipe import copy_recipe, load_experiment, parse, read_recipe
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
 __all__ = ["build_parser", "main"]
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 _DEFAULT = "digits"
+_EXPORTS = ("timm", "safetensors", "hub-folder")  # as in export_formats, which imports torch
 _OVERRIDES = (
     "key=value changes the recipe; the value is YAML, a method is addressed by its name: training.epochs=3 "
     "seeds=[0,1] methods.slca.alignment.epochs=3 methods=[naive,slca]. Keys: firn recipes keys"
@@ -75,10 +78,45 @@ def build_parser() -> argparse.ArgumentParser:
         help="where to write the report (default: summary/ of a single comparison)",
     )
 
-    sub = command("recipes", _recipes, "list, show or copy the shipped recipes, or list all configuration keys")
+    sub = command(
+        "results",
+        _results,
+        "set finished runs beside the figures that others report of the shipped recipes",
+        "A run counts if its settings are the recipe's; others stand apart with what differs.",
+    )
+    sub.add_argument("words", nargs="*", metavar="RUNS", help="folders of runs or comparisons")
+    sub.add_argument("--output", type=Path, metavar="FILE", help="write the table there, as Markdown (default: print)")
+    sub.add_argument(
+        "--collect", type=Path, metavar="DIR", help="first copy what is kept of RUNS to DIR, then take all runs in DIR"
+    )
+    sub.add_argument("--changed-code", action="store_true", help="collect also runs of code that wasn't committed")
+    sub.add_argument("--replace", action="store_true", help="collect also over another run that is there already")
+
+    sub = command("export", _export, "write the final model of a finished run for use elsewhere")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="folder of a finished run")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=_EXPORTS,
+        help="timm: a state dict for timm.create_model; safetensors: all modules, for "
+        "avalanche_firn.experiments.export.load_exported; hub-folder: weights, config.json and model card",
+    )
+    sub.add_argument("--output", type=Path, metavar="PATH", help="what to write (default: below RUN/export/)")
+    sub.add_argument(
+        "--task", type=int, metavar="K", help="lorac_ipc: the weights after task K (1 = first), without task inference"
+    )
+    sub.add_argument("--force", action="store_true", help="replace an export that is there already")
+
+    sub = command(
+        "recipes",
+        _recipes,
+        "list, show or copy the shipped recipes, or list all configuration keys",
+        "ls: methods, benchmark, backbone, memory and hours of a run, and the best figure that others report.",
+    )
     sub.add_argument("action", nargs="?", default="ls", choices=("ls", "show", "copy", "keys"), help="default: ls")
     sub.add_argument("name", nargs="?", help="recipe, for show and copy")
     sub.add_argument("target", nargs="?", help="file or folder to copy to (default: NAME.yaml here)")
+    sub.add_argument("--long", action="store_true", help="ls: also descriptions and all figures that others report")
 
     sub = command(
         "check", _check, "validate a recipe, its data, weights and device, without writing anything", _OVERRIDES
@@ -242,6 +280,8 @@ def _one(config: Config | TransferExperiment, method: object, seed: object) -> t
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    if arguments.words:
+        raise _UsageError(f"one folder is accepted, found {', '.join(map(str, [arguments.folder, *arguments.words]))}")
     file = arguments.folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{arguments.folder} holds no config.yaml; give the folder of a run or of a comparison")
@@ -275,14 +315,37 @@ def _report(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _results(arguments: argparse.Namespace) -> int:
+    _calm()
+    from avalanche_firn.experiments.reproduction_text import make_results
+
+    chosen = {"collect_to": arguments.collect, "changed_code": arguments.changed_code, "replace": arguments.replace}
+    print(make_results([Path(word) for word in arguments.words], output=arguments.output, **chosen))
+    return OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if arguments.words:
+        raise _UsageError(f"one run is accepted, found {', '.join(map(str, [arguments.folder, *arguments.words]))}")
+    _calm()
+    from avalanche_firn.experiments.export import describe_export, export_run
+
+    written = export_run(
+        arguments.folder, arguments.format, output=arguments.output, task=arguments.task, force=arguments.force
+    )
+    print(describe_export(written))
+    return OK
+
+
 def _recipes(arguments: argparse.Namespace) -> int:
     action, name = arguments.action, arguments.name
     if action in ("show", "copy") and name is None:
         raise _UsageError(f"recipes {action} needs a recipe; firn recipes ls lists them")
     if action == "ls":
-        shipped = list_recipes()
-        width = max(len(recipe.name) for recipe in shipped)
-        print("\n".join(f"{recipe.name:<{width}}  {recipe.description}" for recipe in shipped))
+        from avalanche_firn.experiments.recipe_table import recipes_text
+
+        terminal = sys.stdout.isatty()
+        print(recipes_text(long=arguments.long, width=shutil.get_terminal_size().columns if terminal else None))
     elif action == "show":
         print(read_recipe(name), end="")
     elif action == "copy":
@@ -297,6 +360,10 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     config = _loaded(arguments)
+    if not any(word.startswith("methods=") for word in arguments.words):  # a selection leaves figures of others behind
+        problems = target_problems(config)
+        if problems:
+            raise ConfigError(problems, source=_recipe_and_overrides(arguments.words, None)[0])
     _calm()
     if isinstance(config, TransferExperiment):
         return _check_transfer(config, arguments)

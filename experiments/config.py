@@ -11,6 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from avalanche_firn.experiments.about_sections import CostConfig, TargetConfig, check_repeated, own_targets
+from avalanche_firn.experiments.baseline_sections import (
+    AvalancheReplayConfig,
+    DERConfig,
+    EWCConfig,
+    LwFConfig,
+    SCRConfig,
+    scr_problems,
+)
 from avalanche_firn.experiments.contrastive_sections import (
     AugmentationConfig,
     ClassifierStageConfig,
@@ -21,6 +30,7 @@ from avalanche_firn.experiments.contrastive_sections import (
 )
 from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
 from avalanche_firn.experiments.lora_sections import ImportanceConfig, LoRAConfig, TapConfig, TaskInferenceConfig
+from avalanche_firn.experiments.method_section import MethodSection as _Method
 from avalanche_firn.experiments.probe_sections import LinearProbeStageConfig
 from avalanche_firn.experiments.schema_rules import (
     COSMETIC,
@@ -39,9 +49,7 @@ from avalanche_firn.experiments.sections import (
     Section,
     StreamConfig,
     TrainingConfig,
-    TrainingOverride,
 )
-from avalanche_firn.experiments.zapping_sections import ZappingConfig
 
 __all__ = [
     "AlignmentConfig",
@@ -61,26 +69,6 @@ __all__ = [
     "SlowLearnerConfig",
     "validate",
 ]
-
-
-class _Method(Section):
-    """What every method has: a label, which names its folder and its rows, and its own training values."""
-
-    name: str = Field(
-        pattern=LABEL,
-        json_schema_extra=LABEL_HELP,
-        description="unique label: folder and table row. Default: the strategy's name",
-    )
-    training: TrainingOverride = Field(default_factory=TrainingOverride, description="where it differs from training")
-    zapping: ZappingConfig | None = Field(default=None, description="redraw rows of the classifier; null = never")
-
-    def brief(self) -> _Method:
-        """The method with one epoch in each of its phases, for a dry run."""
-        training = self.training.model_copy(update={"epochs": 1, "schedule": None})
-        zapping = self.zapping
-        if zapping is not None:  # in one epoch, at its only possible moment
-            zapping = zapping.model_copy(update={"schedule": "iteration", "every": 1})
-        return self.model_copy(update={"training": training, "zapping": zapping})
 
 
 class NaiveConfig(_Method):
@@ -249,6 +237,11 @@ MethodConfig = Annotated[
     | ReplayConfig
     | Co2LConfig
     | CILAConfig
+    | EWCConfig
+    | LwFConfig
+    | DERConfig
+    | SCRConfig
+    | AvalancheReplayConfig
     | JointConfig,
     Field(discriminator="strategy"),
 ]
@@ -259,6 +252,9 @@ class Config(Section):
 
     name: str = Field(pattern=LABEL, json_schema_extra=LABEL_HELP, description="folder of the comparison below output")
     description: str = Field(default="", description="one line for firn recipes ls")
+    benchmark: str = Field(default="", description="one line for firn recipes ls: data, tasks, classes")
+    cost: CostConfig | None = Field(default=None, description="what a run needs; null = not known")
+    targets: list[TargetConfig] = Field(default_factory=list, description="figures that others report for it")
     output: str = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default=[0, 1, 2], min_length=1, description="one run per method and seed; our choice"
@@ -291,6 +287,11 @@ class Config(Section):
     def _unique_seeds(cls, seeds: list[int]) -> list[int]:
         return check_seeds(seeds)
 
+    @field_validator("targets")
+    @classmethod
+    def _unique_targets(cls, targets: list[TargetConfig]) -> list[TargetConfig]:
+        return check_repeated(targets)
+
     @field_validator("methods")
     @classmethod
     def _unique_labels(cls, methods: list[Any]) -> list[Any]:
@@ -315,6 +316,9 @@ class Config(Section):
                 problems.append((path, reason, "true, or schedule: {name: none}"))
             if isinstance(method, (Co2LConfig, CILAConfig)):
                 problems += self._contrastive_problems(i, method)
+            if isinstance(method, SCRConfig):
+                transforms = getattr(self.stream, "transforms", "backbone")
+                problems += scr_problems(f"methods[{i}]", method.zapping, transforms)
             problems += self._zapping_problems(i, method)
         if self.precision == "fp16" and self.device == "cpu":
             problems.append(("precision", "fp16 needs a CUDA device", "fp32 or bf16 with device: cpu"))
@@ -384,7 +388,8 @@ class Config(Section):
             KeyError: no method has that label.
         """
         chosen = {m.name: m for m in self.methods}[method]
-        return self.model_copy(update={"methods": [chosen], "seeds": [seed]})
+        own = own_targets(self.targets, method)
+        return self.model_copy(update={"methods": [chosen], "seeds": [seed], "targets": own})
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""

@@ -27,6 +27,7 @@ from avalanche_firn.experiments.resources import (
     build_backbone,
     check_lora,
     refuse_repeated_classes,
+    refuse_small_memory,
     stream_normalization,
 )
 from avalanche_firn.experiments.resources import build_stream as build_real_stream
@@ -83,6 +84,7 @@ def _random_weights(config: Config) -> Config:
 
 def _checked_plan(config: Config) -> TaskPlan:
     plan = plan_tasks(config.stream)
+    refuse_small_memory(config, plan.num_classes)
     if plan.repeats and len(plan.sizes) > 1:
         refuse_repeated_classes(config, plan.name)
     return plan

@@ -7,6 +7,7 @@ import platform
 import random
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Python, platform, package versions, commit, device and threads, as plain values for ``environment.json``."""
+    """Day (UTC), Python, platform, versions, commit, device and threads, as plain values for ``environment.json``."""
     hardware: dict[str, Any] = {"type": device.type, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -88,6 +89,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": package_versions(),

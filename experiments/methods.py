@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation
+from avalanche_firn.experiments import baselines
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.contrastive_sections import AugmentationConfig
 from avalanche_firn.experiments.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -92,6 +93,10 @@ class Ingredients:
             "evaluator": self.evaluator,
         }
 
+    def schedule(self) -> SchedulerFactory | None:
+        """The schedule of one experience; None for constant rates."""
+        return make_schedule(self.training.schedule, self.training.epochs)
+
     def extra_plugins(self) -> list[SupervisedPlugin]:
         """The run's plugins, with mixed precision and zaps where the configuration asks for them."""
         precision, zapping = self.config.precision, self.method.zapping
@@ -120,13 +125,9 @@ def make_schedule(config: ScheduleConfig, epochs: int) -> SchedulerFactory | Non
     return cosine(epochs, config.floor) if config.name == "cosine" else None
 
 
-def _schedule(parts: Ingredients) -> SchedulerFactory | None:
-    return make_schedule(parts.training.schedule, parts.training.epochs)
-
-
 def _naive(parts: Ingredients) -> SupervisedTemplate:
     """The whole model at the full rate; the loss covers all classes seen so far."""
-    fresh = FreshOptimizerPlugin(scheduler_factory=_schedule(parts))
+    fresh = FreshOptimizerPlugin(scheduler_factory=parts.schedule())
     return Naive(
         **parts.common(parts.model(freeze_old=False)),
         criterion=nn.CrossEntropyLoss(),
@@ -135,7 +136,7 @@ def _naive(parts: Ingredients) -> SupervisedTemplate:
 
 
 def _slow(parts: Ingredients, scale: float, local_loss: bool) -> SupervisedTemplate:
-    slow = SlowLearnerPlugin(scale, scheduler_factory=_schedule(parts))
+    slow = SlowLearnerPlugin(scale, scheduler_factory=parts.schedule())
     return Naive(
         **parts.common(parts.model(freeze_old=True)),
         criterion=LocalCrossEntropy() if local_loss else nn.CrossEntropyLoss(),
@@ -157,7 +158,7 @@ def _slca(parts: Ingredients) -> SupervisedTemplate:
         **parts.common(parts.model(freeze_old=True)),
         criterion=LocalCrossEntropy() if parts.method.local_loss else nn.CrossEntropyLoss(),
         backbone_scale=parts.method.backbone_scale,
-        scheduler_factory=_schedule(parts),
+        scheduler_factory=parts.schedule(),
         alignment=ClassifierAlignmentPlugin(**settings, seed=parts.config.seeds[0]),
         fresh_final_norm=False,  # backbone.fresh_final_norm decides, for all methods alike
         plugins=parts.extra_plugins(),
@@ -175,7 +176,7 @@ def _slca_plus_plus(parts: Ingredients) -> SupervisedTemplate:
         lora_rank=method.lora_rank,
         lora_scale=method.lora_scale,
         lora_targets=method.lora_targets,
-        scheduler_factory=_schedule(parts) or constant,
+        scheduler_factory=parts.schedule() or constant,
         alignment=ClassifierAlignmentPlugin(**method.alignment.model_dump(), seed=parts.config.seeds[0]),
         fresh_final_norm=False,  # backbone.fresh_final_norm decides, for all methods alike
         plugins=parts.extra_plugins(),
@@ -189,7 +190,7 @@ def _lora(parts: Ingredients) -> SupervisedTemplate:
         parameter.requires_grad_(False)
     add_composed_lora(model, **parts.method.lora.model_dump())
     LoRAComposition(model).open_task(torch.Generator().manual_seed(parts.config.seeds[0]))
-    fresh = FreshOptimizerPlugin(scheduler_factory=_schedule(parts))
+    fresh = FreshOptimizerPlugin(scheduler_factory=parts.schedule())
     return Naive(
         **parts.common(model),
         criterion=LocalCrossEntropy() if parts.method.local_loss else nn.CrossEntropyLoss(),
@@ -213,7 +214,7 @@ def _lorac_ipc(parts: Ingredients) -> SupervisedTemplate:
         alignment=tap is not None and ClassifierAlignmentPlugin.tap(**tap.model_dump(), seed=seed, num_workers=workers),
         task_inference=inference is not None
         and TaskInferencePlugin(**inference.model_dump(), seed=seed, num_workers=workers),
-        scheduler_factory=_schedule(parts) or constant,
+        scheduler_factory=parts.schedule() or constant,
         official_k_gate=method.official_k_gate,
         seed=seed,
         plugins=parts.extra_plugins(),
@@ -231,14 +232,14 @@ def _lp_ft(parts: Ingredients) -> SupervisedTemplate:
         **parts.common(parts.model(freeze_old=False)),
         criterion=LocalCrossEntropy() if parts.method.local_loss else nn.CrossEntropyLoss(),
         linear_probe=probe,
-        scheduler_factory=_schedule(parts),
+        scheduler_factory=parts.schedule(),
         plugins=parts.extra_plugins(),
     )
 
 
 def _replay(parts: Ingredients) -> SupervisedTemplate:
     rehearsal = RehearsalPlugin(**parts.method.rehearsal.model_dump(), batches="balanced", seed=parts.config.seeds[0])
-    fresh = FreshOptimizerPlugin(scheduler_factory=_schedule(parts))
+    fresh = FreshOptimizerPlugin(scheduler_factory=parts.schedule())
     return Naive(
         **parts.common(parts.model(freeze_old=False)),
         criterion=nn.CrossEntropyLoss(),
@@ -291,6 +292,10 @@ def _cila(parts: Ingredients) -> SupervisedTemplate:
     return _contrastive(parts, parts.method.coefficient.model_dump())
 
 
+def _scr(parts: Ingredients) -> SupervisedTemplate:
+    return baselines.scr(parts, _augmentation(parts.method.augmentation, parts.normalization))
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of the registry.
@@ -317,6 +322,11 @@ METHODS: dict[str, Method] = {
     "replay": Method(_replay, replay=True),
     "co2l": Method(_co2l, replay=True, contrastive=True),
     "cila": Method(_cila, replay=True, contrastive=True),
+    "ewc": Method(baselines.ewc),
+    "lwf": Method(baselines.lwf),
+    "der": Method(baselines.der, replay=True),
+    "scr": Method(_scr, replay=True),
+    "avalanche_replay": Method(baselines.avalanche_replay, replay=True),
     "joint": Method(_naive, joint=True),
 }
 

@@ -7,38 +7,21 @@ answers them like any other wrong configuration.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchvision.transforms.functional import to_pil_image
 
-from avalanche_firn.benchmarks import classic
-from avalanche_firn.benchmarks.digits import digits_stream
-from avalanche_firn.benchmarks.domains import domain_folder_stream
-from avalanche_firn.benchmarks.folder import folder_stream
-from avalanche_firn.benchmarks.rotations import rotation_angles
 from avalanche_firn.benchmarks.streams import Stream
-from avalanche_firn.benchmarks.transforms import (
-    PRESET_NORMALIZATION,
-    TransformPair,
-    preset_transforms,
-    timm_transforms,
-)
+from avalanche_firn.benchmarks.transforms import PRESET_NORMALIZATION
 from avalanche_firn.evaluation.representation import RepresentationProbe
+from avalanche_firn.experiments.baseline_sections import SCRConfig
 from avalanche_firn.experiments.config import Config, LoRACIPCConfig, LoRAOnlyConfig, SLCAPlusPlusConfig
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.methods import METHODS
-from avalanche_firn.experiments.sections import (
-    AvalancheStreamConfig,
-    DigitsStreamConfig,
-    DomainFolderStreamConfig,
-    FolderStreamConfig,
-)
+from avalanche_firn.experiments.stream_builders import as_config_error, build_stream
 from avalanche_firn.models.backbones import Backbone, load_backbone
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.lora import add_composed_lora
@@ -53,19 +36,9 @@ __all__ = [
     "evaluated_stream",
     "prepare",
     "refuse_repeated_classes",
+    "refuse_small_memory",
     "stream_normalization",
 ]
-
-
-@contextmanager
-def _as_config_error(path: str) -> Iterator[None]:
-    """Errors of a builder become errors of the section at `path`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(Problem(path, str(error) or type(error).__name__)) from error
 
 
 def build_backbone(config: Config) -> Backbone:
@@ -75,7 +48,7 @@ def build_backbone(config: Config) -> Backbone:
         ConfigError: unknown name, missing or mismatched weights.
     """
     section = config.backbone
-    with _as_config_error("backbone"):
+    with as_config_error("backbone"):
         return load_backbone(
             section.name,
             pretrained=section.pretrained and section.weights is None,
@@ -84,123 +57,10 @@ def build_backbone(config: Config) -> Backbone:
         )
 
 
-def build_stream(config: Config, data_config: dict[str, Any], seed: int) -> Stream:
-    """Build the stream of a run; `seed` makes the class order where the configuration says ``seeded``.
-
-    Raises:
-        ConfigError: no data, a file that is no image, an impossible split.
-    """
-    section = config.stream
-    with _as_config_error("stream"):
-        if isinstance(section, DigitsStreamConfig):
-            return digits_stream(
-                image_size=_image_size(data_config),
-                mean=data_config["mean"],
-                std=data_config["std"],
-                tasks=section.tasks,
-                **_order(section.class_order, seed),
-            )
-        pair = _transforms(section, data_config)
-        if isinstance(section, FolderStreamConfig):
-            assert pair is not None
-            return _counted(
-                folder_stream(
-                    section.root,
-                    tasks=section.tasks,
-                    train_transform=pair.train,
-                    eval_transform=pair.eval,
-                    validation_fraction=section.validation_fraction,
-                    test_fraction=section.test_fraction,
-                    split_seed=section.split_seed,
-                    **_order(section.class_order, seed),
-                ),
-                section.classes,
-            )
-        if isinstance(section, DomainFolderStreamConfig):
-            assert pair is not None
-            return _counted(
-                domain_folder_stream(
-                    section.root,
-                    domains=section.domain_order,
-                    train_transform=pair.train,
-                    eval_transform=pair.eval,
-                    validation_fraction=section.validation_fraction,
-                    test_fraction=section.test_fraction,
-                    split_seed=section.split_seed,
-                ),
-                section.classes,
-            )
-        return _classic(section, pair, seed)
-
-
-def _counted(stream: Stream, classes: int | None) -> Stream:
-    """`stream`, whose number of classes must be the declared one, if one is declared."""
-    if classes not in (None, stream.num_classes):
-        reason = f"{classes}, but the data has {stream.num_classes} classes"
-        raise ConfigError(Problem("stream.classes", reason, f"{stream.num_classes} or null"))
-    return stream
-
-
-def _order(order: Any, seed: int) -> dict[str, Any]:
-    if order == "seeded":
-        return {"seed": seed}
-    return {} if order == "natural" else {"class_order": order}
-
-
-def _image_size(data_config: dict[str, Any]) -> int:
-    channels, height, width = data_config["input_size"]
-    if channels != 3 or height != width:
-        accepted = "a backbone for square images of three channels"
-        raise ConfigError(Problem("backbone", f"takes images of {channels}x{height}x{width}", accepted))
-    return int(height)
-
-
-def _transforms(section: Any, data_config: dict[str, Any]) -> TransformPair | None:
-    if section.transforms == "own":
-        return None
-    if section.transforms == "backbone":
-        return timm_transforms(data_config, augment=section.augment)
-    return preset_transforms(section.transforms)
-
-
-def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: int) -> Stream:
-    arguments = dict(section.arguments)
-    known = classic.avalanche_benchmarks()
-    if section.benchmark in known:
-        import avalanche.benchmarks.classic as benchmarks
-
-        accepted = inspect.signature(getattr(benchmarks, section.benchmark)).parameters
-        if "seed" in accepted and not {"seed", "fixed_class_order"} & set(arguments):
-            arguments["seed"] = seed
-        if section.benchmark == "RotatedMNIST" and "n_experiences" in arguments and "rotations_list" not in arguments:
-            arguments["rotations_list"] = rotation_angles(arguments["n_experiences"], arguments.get("seed", seed))
-        if pair is not None:
-            arguments |= {"train_transform": _RGB(pair.train), "eval_transform": _RGB(pair.eval)}
-    return classic.avalanche_stream(
-        section.benchmark,
-        validation_fraction=section.validation_fraction,
-        split_seed=section.split_seed,
-        first_experiences=section.first_experiences,
-        **arguments,
-    )
-
-
 def stream_normalization(config: Config, data_config: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation that the images of the stream were normalised with, of images in 0..1."""
     preset = getattr(config.stream, "transforms", "backbone")
     return PRESET_NORMALIZATION.get(preset, (data_config["mean"], data_config["std"]))
-
-
-class _RGB:
-    """A transform of RGB images that also takes grey ones and, from Avalanche's MNIST, tensors (C, H, W) in 0..1."""
-
-    def __init__(self, transform: Callable[[Any], Any]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Any) -> Any:
-        if isinstance(image, torch.Tensor):
-            image = to_pil_image((image * 255).round().to(torch.uint8) if image.is_floating_point() else image)
-        return self.transform(image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image)
 
 
 def evaluated_stream(config: Config, stream: Stream) -> Any:
@@ -226,7 +86,7 @@ def build_probes(config: Config, stream: Stream, evaluated: Any, cache: FeatureC
     probes: list[RepresentationProbe] = []
     for i, section in enumerate(sections):
         others = {adaptation for j, other in enumerate(sections) if j != i for adaptation in other.adapt}
-        with _as_config_error(f"evaluation.probes[{i}]"):
+        with as_config_error(f"evaluation.probes[{i}]"):
             probe = RepresentationProbe(
                 stream.train,
                 evaluated,
@@ -254,7 +114,20 @@ def refuse_repeated_classes(config: Config, name: str) -> None:
     for i, method in enumerate(config.methods):
         if method.strategy in ("linear_probe", "slow_learner", "slca", "slca_plus_plus", "lorac_ipc"):
             reason = f"{method.strategy} needs each class in one experience, and {name} repeats classes"
-            raise ConfigError(Problem(f"methods[{i}].strategy", reason, "naive, lp_ft or joint on this stream"))
+            accepted = "naive, lp_ft, replay, ewc, lwf, der or joint on this stream"
+            raise ConfigError(Problem(f"methods[{i}].strategy", reason, accepted))
+
+
+def refuse_small_memory(config: Config, classes: int) -> None:
+    """Refuses SCR with fewer stored images than the stream has classes: a class without any has no mean.
+
+    Raises:
+        ConfigError: there is one in the recipe.
+    """
+    for i, method in enumerate(config.methods):
+        if isinstance(method, SCRConfig) and method.rehearsal.mem_size < classes:
+            reason = f"{method.rehearsal.mem_size} with {classes} classes, of which scr keeps at least an image each"
+            raise ConfigError(Problem(f"methods[{i}].rehearsal.mem_size", reason, f"at least {classes}"))
 
 
 def check_lora(config: Config, backbone: Backbone) -> None:
@@ -272,7 +145,7 @@ def check_lora(config: Config, backbone: Backbone) -> None:
         else:
             continue
         whole: dict[str, list[str]] | None = {} if path == "lora_targets" else None  # SLCA++ leaves a fused qkv whole
-        with _as_config_error(f"methods[{i}].{path}"):
+        with as_config_error(f"methods[{i}].{path}"):
             add_composed_lora(copy.deepcopy(backbone.module), targets, rank, split=whole)
 
 
@@ -318,6 +191,7 @@ def prepare(config: Config) -> Prepared:
     check_lora(config, backbone)
     stream = build_stream(config, backbone.data_config, config.seeds[0])
     build_probes(config, stream, evaluated_stream(config, stream), FeatureCache())
+    refuse_small_memory(config, stream.num_classes)
     if sum(stream.task_sizes) != stream.num_classes:
         refuse_repeated_classes(config, stream.name)
     assert set(METHODS) >= {method.strategy for method in config.methods}

@@ -274,6 +274,7 @@ def _results(
             "split": config.evaluation.split,
             "fingerprint": stream.fingerprint,
             "class_order": list(stream.class_order),
+            "class_names": list(stream.class_names),
             "task_sizes": [len(e.classes_in_this_experience) for e in stream.test],
         },
         "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256},

@@ -1,7 +1,7 @@
 """How many classes each task will have, read off a recipe alone: for data that isn't on this machine.
 
-Folders are known by their ``tasks`` list or a declared ``classes``, Avalanche's classic benchmarks by a table of public
-facts and their arguments. What can't be known is refused, never guessed.
+Folders are known by their ``tasks`` list or a declared ``classes``, public data sets and Avalanche's classic benchmarks
+by tables of public facts and their arguments. What can't be known is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from typing import Any
 
 from avalanche_firn.benchmarks.streams import StreamError, task_sizes
 from avalanche_firn.experiments.errors import ConfigError, Problem
-from avalanche_firn.experiments.sections import (
+from avalanche_firn.experiments.public_stream_sections import (
+    PUBLIC_CLASSES,
+    DomainNetStreamConfig,
+    FiveDatasetsStreamConfig,
+    FMoWStreamConfig,
+    HuggingFaceStreamConfig,
+)
+from avalanche_firn.experiments.sections import StreamConfig
+from avalanche_firn.experiments.stream_sections import (
     DIGITS,
     AvalancheStreamConfig,
     DigitsStreamConfig,
     DomainFolderStreamConfig,
-    StreamConfig,
+    FolderStreamConfig,
 )
 
 __all__ = ["CLASS_COUNTS", "TaskPlan", "plan_tasks"]
@@ -69,8 +77,17 @@ def plan_tasks(section: StreamConfig) -> TaskPlan:
         if isinstance(section, DomainFolderStreamConfig):
             domains = _DOMAINS if section.domain_order is None else len(section.domain_order)
             return TaskPlan(section.name, (_declared(section.classes),) * domains, repeats=True)
+        if isinstance(section, FMoWStreamConfig):
+            return TaskPlan(section.name, (PUBLIC_CLASSES["fmow"],) * len(section.regions), repeats=True)
+        if isinstance(section, FiveDatasetsStreamConfig):
+            return TaskPlan(section.name, (10,) * len(section.datasets), repeats=False)
+        if isinstance(section, DomainNetStreamConfig) and section.scenario == "domains":
+            count = 6 if section.domains is None else len(section.domains)
+            return TaskPlan(section.name, (PUBLIC_CLASSES["domainnet"],) * count, repeats=True)
         if isinstance(section, DigitsStreamConfig):
             classes = DIGITS
+        elif not isinstance(section, FolderStreamConfig | HuggingFaceStreamConfig):
+            classes = PUBLIC_CLASSES[section.name]
         elif isinstance(section.tasks, list):
             classes = sum(section.tasks)
         elif isinstance(section.class_order, list):
@@ -84,7 +101,7 @@ def plan_tasks(section: StreamConfig) -> TaskPlan:
 
 def _declared(classes: int | None) -> int:
     if classes is None:
-        reason = "needed without the data: nothing else in the recipe says how many classes the folder has"
+        reason = "needed without the data: nothing else in the recipe says how many classes the data has"
         raise ConfigError(Problem("stream.classes", reason, "a whole number, at least 1"))
     return classes
 

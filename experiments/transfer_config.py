@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from avalanche_firn.experiments.about_sections import CostConfig, TargetConfig, check_repeated, own_targets
 from avalanche_firn.experiments.errors import ConfigError, problems_of, reject
 from avalanche_firn.experiments.schema_rules import (
     COSMETIC,
@@ -45,6 +46,9 @@ class TransferExperiment(Section):
         description="folder of the experiment below output",
     )
     description: str = Field(default="", description="one line for firn recipes ls")
+    benchmark: str = Field(default="", description="one line for firn recipes ls: data, tasks, classes")
+    cost: CostConfig | None = Field(default=None, description="what a run needs; null = not known")
+    targets: list[TargetConfig] = Field(default_factory=list, description="figures that others report for it")
     output: str = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default=[0, 1, 2], min_length=1, description="one pre-training per method and seed; the released code: 3"
@@ -78,6 +82,11 @@ class TransferExperiment(Section):
     def _unique_seeds(cls, seeds: list[int]) -> list[int]:
         return check_seeds(seeds)
 
+    @field_validator("targets")
+    @classmethod
+    def _unique_targets(cls, targets: list[TargetConfig]) -> list[TargetConfig]:
+        return check_repeated(targets)
+
     @field_validator("methods")
     @classmethod
     def _unique_labels(cls, methods: list[Any]) -> list[Any]:
@@ -104,7 +113,8 @@ class TransferExperiment(Section):
     def single(self, method: str, seed: int) -> TransferExperiment:
         """The configuration of one run; KeyError where no method has that label."""
         chosen = {m.name: m for m in self.methods}[method]
-        return self.model_copy(update={"methods": [chosen], "seeds": [seed]})
+        own = own_targets(self.targets, method)
+        return self.model_copy(update={"methods": [chosen], "seeds": [seed], "targets": own})
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""

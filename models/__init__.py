@@ -15,6 +15,7 @@ from avalanche_firn.models.lora import (
     orthogonality_penalty,
 )
 from avalanche_firn.models.lora_export import merged_state_dict, save_merged, save_peft_adapter
+from avalanche_firn.models.nearest_mean import NearestMeanNetwork
 from avalanche_firn.models.parts import (
     FeatureClassifier,
     ModelParts,
@@ -35,6 +36,7 @@ __all__ = [
     "LinearRows",
     "LoRAComposition",
     "ModelParts",
+    "NearestMeanNetwork",
     "ProjectionHead",
     "TaskwiseLinearHead",
     "WeightsError",

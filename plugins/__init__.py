@@ -1,5 +1,6 @@
 """Plugins for any Avalanche SGD strategy, and the functions that they are made of."""
 
+from avalanche_firn.plugins.avalanche_state import ResumableEWCPlugin, ResumableLwFPlugin
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.class_statistics import ClassGaussians
 from avalanche_firn.plugins.classifier_alignment import (
@@ -28,6 +29,7 @@ from avalanche_firn.plugins.losses import (
 )
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
+from avalanche_firn.plugins.placed_buffer import ResumableReplayPlugin
 from avalanche_firn.plugins.rehearsal import RehearsalPlugin
 from avalanche_firn.plugins.schedules import cosine, lagged_cosine, multistep
 from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
@@ -53,6 +55,9 @@ __all__ = [
     "MahalanobisTaskInference",
     "MixedPrecisionPlugin",
     "RehearsalPlugin",
+    "ResumableEWCPlugin",
+    "ResumableLwFPlugin",
+    "ResumableReplayPlugin",
     "SequentialPhasePlugin",
     "SlowLearnerPlugin",
     "TaskInferencePlugin",

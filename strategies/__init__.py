@@ -1,5 +1,7 @@
 """Ready Avalanche strategies, one file per paper; transfer protocols."""
 
+from avalanche_firn.strategies.avalanche_der import ResumableDER
+from avalanche_firn.strategies.avalanche_scr import ResumableSCR
 from avalanche_firn.strategies.cila import CILA, Co2L
 from avalanche_firn.strategies.lorac_ipc import LoRACIPC
 from avalanche_firn.strategies.lp_ft import LPFT
@@ -19,6 +21,8 @@ __all__ = [
     "LoRACIPC",
     "MetaASB",
     "RateSweep",
+    "ResumableDER",
+    "ResumableSCR",
     "SLCAPlusPlus",
     "TransferResult",
     "TransferTask",

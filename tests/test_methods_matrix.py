@@ -10,6 +10,8 @@ contrastive part above its lower bound. A collapsed network stays at 0.7 nats, s
 ASB redraws the row of one of two classes in every episode, so its loss is that of a classifier that is never done. What
 must fall is the loss of an episode's batch in the outer step, on average over a task (0.21 to 0.82 of the loss before).
 
+Avalanche's SCR has such a bound too; nothing is distilled there, so its whole loss must fall above it.
+
 No cell has a linear probe before CILA: its classifier gets no gradient and is fitted after the experience anyway.
 
 Low-rank methods need a transformer: the other networks are refused. Where the backbone isn't the question, they get its
@@ -26,7 +28,9 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from avalanche_firn.benchmarks import ContrastiveAugmentation, digits_stream
+from avalanche_firn.experiments.baselines import OneView
 from avalanche_firn.models import with_projection_head, with_taskwise_head
+from avalanche_firn.models.nearest_mean import NearestMeanNetwork
 from avalanche_firn.plugins import (
     ClassifierAlignmentPlugin,
     ClassifierStagePlugin,
@@ -41,8 +45,12 @@ from avalanche_firn.plugins import (
     ZappingPlugin,
     asymmetric_supcon,
 )
+from avalanche_firn.plugins.avalanche_state import ResumableEWCPlugin, ResumableLwFPlugin
+from avalanche_firn.plugins.placed_buffer import ResumableReplayPlugin
 from avalanche_firn.plugins.plain_state import differing_state, to_plain
 from avalanche_firn.strategies import CILA, LPFT, SLCA, LoRACIPC, SLCAPlusPlus
+from avalanche_firn.strategies.avalanche_der import ResumableDER
+from avalanche_firn.strategies.avalanche_scr import ResumableSCR
 from avalanche_firn.strategies.zapping import ASB
 
 
@@ -69,6 +77,7 @@ def shallow_vit():
 
 
 LOW_RANK = ("lorac_ipc", "slca_plus_plus")
+AVALANCHE = ("ewc", "lwf", "der", "scr", "avalanche_replay")
 BACKBONES = {
     # a transformer from scratch stays at chance for longer than a test may take
     "vit": lambda: timm.create_model("vit_firn_32.omniglot", pretrained=True),
@@ -127,6 +136,16 @@ class Excess(Losses):
         self.tasks[-1].append(loss - least)
 
 
+class ReplayExcess(Losses):
+    """The same of SCR: all are anchors, and at temperature 0.1 others count for nothing in the bound."""
+
+    def after_training_iteration(self, strategy, **kwargs):
+        labels = strategy.mb_y.repeat(2)
+        positives = (labels[:, None] == labels).sum(1) - 1.0
+        loss = strategy.criterion().detach() * 0.07 / 0.1
+        self.tasks[-1].append(loss - positives.log().mean())
+
+
 def build_contrastive(backbone, others, plugins):
     """CILA; beside Avalanche's replay, which stores samples itself, its losses and classifier on Naive."""
     model = with_projection_head(BACKBONES[backbone](), feature_size=512 if backbone == "convnet" else None)
@@ -173,6 +192,27 @@ def build_asb(backbone, plugins):
     )  # fmt: skip
 
 
+def build_avalanche(method, common, plugins):
+    """Avalanche's own methods; DER and SCR are strategies of their own."""
+    common["plugins"] = [FreshOptimizerPlugin(), *plugins]
+    if method == "der":
+        return ResumableDER(**common, criterion=nn.CrossEntropyLoss(), mem_size=40)
+    if method == "scr":
+        whole = common["model"]
+        views = OneView(ContrastiveAugmentation(crop_scale=(0.7, 1.0), flip=0.0, jitter=None, grey=0.0))
+        model = common["model"] = NearestMeanNetwork(whole.backbone, whole.head.in_features)
+        common["optimizer"] = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        common["train_epochs"] = 2 if isinstance(whole.backbone, PaperConvNet) else 1  # slow, and learns fast
+        return ResumableSCR(**common, augmentations=views, mem_size=40, batch_size_mem=12)
+    own = {
+        "ewc": lambda: ResumableEWCPlugin(0.1, "online", 0.9),
+        "lwf": ResumableLwFPlugin,
+        "avalanche_replay": lambda: ResumableReplayPlugin(40),
+    }
+    common["plugins"].insert(1, own[method]())
+    return Naive(**common, criterion=nn.CrossEntropyLoss())
+
+
 def build(method, backbone, precision, others, losses):
     torch.manual_seed(0)
     plugins = [*others, losses, MixedPrecisionPlugin(precision)]
@@ -182,11 +222,15 @@ def build(method, backbone, precision, others, losses):
         return build_low_rank(method, backbone, others, plugins)
     if method == "asb":
         return build_asb(backbone, plugins)
-    model = with_taskwise_head(BACKBONES[backbone](), freeze_old=method not in ("naive", "zapping", "lp_ft"))
+    model = with_taskwise_head(
+        BACKBONES[backbone](), freeze_old=method not in ("naive", "zapping", "lp_ft", *AVALANCHE)
+    )
     common = dict(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), train_mb_size=24, train_epochs=2,
         eval_mb_size=256, evaluator=None,
     )  # fmt: skip
+    if method in AVALANCHE:
+        return build_avalanche(method, common, plugins)
     replay = any(isinstance(p, ReplayPlugin) for p in others)
     criterion = nn.CrossEntropyLoss() if replay or method in ("naive", "zapping", "lp_ft") else LocalCrossEntropy()
     if method == "lp_ft":
@@ -210,7 +254,7 @@ def digits():
 CELLS = [
     *(
         (m, b, p, None)
-        for m in ("naive", "zapping", "asb", "slow_learner", "slca", "lp_ft", "cila")
+        for m in ("naive", "zapping", "asb", "slow_learner", "slca", "lp_ft", "cila", *AVALANCHE)
         for b in ("vit", "resnet", "convnet")
         for p in ("fp32", "bf16")
     ),
@@ -233,7 +277,7 @@ def test_two_tasks(digits, method, backbone, precision, companion):
         made = {"replay": lambda: ReplayPlugin(mem_size=40), "ewc": lambda: EWCPlugin(ewc_lambda=0.1), "zapping": zaps}
         return [] if companion is None else [made[companion]()]
 
-    kinds = {"cila": Excess, "asb": OuterSteps, **dict.fromkeys(LOW_RANK, TaskLosses)}
+    kinds = {"cila": Excess, "asb": OuterSteps, "scr": ReplayExcess, **dict.fromkeys((*LOW_RANK, "lwf"), TaskLosses)}
     losses = kinds.get(method, Losses)()
     strategy = build(method, backbone, precision, others(), losses)
     for experience in digits.train[:2]:
@@ -271,7 +315,7 @@ def test_two_tasks(digits, method, backbone, precision, companion):
             assert new.state_dict().keys() == old.state_dict().keys()
             # a scale waits for its device, a schedule for its optimizer
             waits = isinstance(old, (MixedPrecisionPlugin, FreshOptimizerPlugin))
-            if method in ("cila", "zapping", "asb", *LOW_RANK) and not waits:
+            if method in ("cila", "zapping", "asb", *LOW_RANK, *AVALANCHE) and not waits:
                 assert differing_state(to_plain(new.state_dict()), to_plain(old.state_dict())) is None
         if isinstance(old, ZappingPlugin):
             assert [zap.rows for zap in new.history] == [(0, 1), (2, 3)] and not new.zapped_past

@@ -16,7 +16,7 @@ from avalanche_firn.benchmarks.transforms import (
     preset_transforms,
     timm_transforms,
 )
-from avalanche_firn.experiments.sections import Transforms
+from avalanche_firn.experiments.stream_rules import Transforms
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -216,3 +216,13 @@ def test_refuses():
         preset_transforms("slca_cifr")
     assert set(TRANSFORM_PRESETS) == {*STATISTICS, "lorac", *UCL_SIZES, *CO2L, "co2l_digits"}
     assert set(TRANSFORM_PRESETS) < set(get_args(Transforms))  # what a recipe may name
+
+
+@pytest.mark.parametrize("name", TRANSFORM_PRESETS)
+def test_the_normalisation_of_a_preset_is_known(name: str) -> None:
+    """A black and a white image come out as the mean and the deviation say."""
+    mean, std = (np.asarray(values) for values in PRESET_NORMALIZATION[name])
+    for shade in (0, 255):
+        image = preset_transforms(name).eval(Image.new("RGB", (300, 300), (shade,) * 3))
+        expected = (shade / 255 - mean) / std
+        assert np.allclose(image.numpy(), expected[:, None, None], atol=1e-5)

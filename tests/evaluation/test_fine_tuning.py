@@ -13,7 +13,9 @@ from torch import nn
 
 from avalanche_firn.evaluation.fine_tuning import adapted_copy, choose_rate, fine_tune, predict, random_head
 from avalanche_firn.models import resnet_firn, with_taskwise_head
+from avalanche_firn.models.contrastive import with_projection_head
 from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.nearest_mean import NearestMeanNetwork
 from avalanche_firn.models.parts import FeatureClassifier, extract_features
 from avalanche_firn.plugins.plain_state import differing_state, to_plain
 from avalanche_firn.plugins.random_state import capture_random_state
@@ -255,3 +257,26 @@ def test_a_rate_that_diverges_is_never_right():
 def test_prediction_does_not_depend_on_the_batches():
     (x, _), model = data(23), copy.deepcopy(network().double()).eval()
     assert all(torch.equal(predict(model, x, batch_size=b), predict(model, x)) for b in (1, 7, 23, 100))
+
+
+@pytest.mark.parametrize("kind", ["projector", "nearest mean"])
+def test_contrastive_networks_are_tuned_on_logits(kind):
+    """In training they give projections; the copy must give the logits of its classifier, and learn with it."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh())
+    if kind == "projector":
+        plain = FeatureClassifier(backbone, TaskwiseLinearHead(8))
+        model = with_projection_head(plain, projection_size=3, feature_size=8)
+    else:
+        model = NearestMeanNetwork(backbone, 8, projection_size=3)
+    images, labels = torch.randn(40, 3, 2, 2), torch.arange(40) % 4
+    head = random_head(4, 8, 0, images)
+    tuned = adapted_copy(model, *head).train()
+    expected = nn.functional.linear(model.backbone(images), *head)
+    torch.testing.assert_close(tuned(images), expected)
+    before = nn.functional.cross_entropy(expected, labels)
+    tuned = fine_tune(model, head, images, labels, lr=0.1, epochs=10, batch_size=8)
+    assert nn.functional.cross_entropy(tuned(images), labels) < 0.7 * before
+    plain = FeatureClassifier(backbone, TaskwiseLinearHead(8))
+    same = fine_tune(plain, head, images, labels, lr=0.1, epochs=10, batch_size=8)
+    assert torch.equal(tuned(images), same(images))

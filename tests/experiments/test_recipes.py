@@ -20,6 +20,7 @@ from avalanche_firn.experiments.recipe import (
     parse,
     read_recipe,
 )
+from avalanche_firn.experiments.sections import TrainingConfig
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
 ALL = [recipe.name for recipe in list_recipes()]
@@ -34,7 +35,8 @@ def test_shipped_recipes_are_valid_and_described(name: str) -> None:
 
 
 # a recipe with 500 stored images differs from its twin with 200 in the buffer alone, see below
-LARGE = ("lorac_ipc_", "slca_plus_plus_")  # ViT-B/16, a quarter of a minute for a method
+LARGE = ("baselines_", "domainnet_", "lorac_ipc_", "slca_plus_plus_")  # ViT-B/16, a quarter of a minute for a method
+SMALL = "vit_tiny_patch16_224"  # in place of ViT-B/16 where a recipe differs from another in weights and rates alone
 LATER = [name for name in SHIPPED if name.endswith("_500") or name.startswith(LARGE)]
 DRY_RUNS = [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in SHIPPED]
 
@@ -45,17 +47,18 @@ def test_shipped_recipes_train_two_steps_without_their_data(name: str, capsys) -
     config, size = load_recipe(name), 1 if name.startswith(("lp_ft_regions", "co2l_seq_tiny", *LARGE)) else 2
     own = [method.name for method in config.methods if method.training.batch_size is not None]
     batches = [f"{place}training.batch_size={size}" for place in ("", *(f"methods.{label}." for label in own))]
-    words = [*batches, "training.num_workers=0", "threads=1", "device=cpu"]
+    backbone = SMALL if name.endswith("_mocov3") else config.backbone.name
+    words = [*batches, f"backbone.name={backbone}", "training.num_workers=0", "threads=1", "device=cpu"]
     assert main(["check", name, "--dry-run", "--no-data", *words]) == 0
     told = capsys.readouterr().out
     for method in config.methods:
         assert f"{method.name}: " in told
-    assert "images not read" in told and f"backbone  {config.backbone.name} (weights not read)" in told
+    assert "images not read" in told and f"backbone  {backbone} (weights not read)" in told
 
 
-@pytest.mark.parametrize("name", ["lorac_ipc_five_datasets", "slca_plus_plus_cars196"])
+@pytest.mark.parametrize("name", ["baselines_cub200", "lorac_ipc_five_datasets", "slca_plus_plus_cars196"])
 def test_recipes_for_a_large_transformer_train_two_steps_of_a_small_one(name: str, capsys) -> None:
-    words = ["backbone.name=vit_tiny_patch16_224", "training.batch_size=1", "training.num_workers=0", "threads=1"]
+    words = [f"backbone.name={SMALL}", "training.batch_size=1", "training.num_workers=0", "threads=1"]
     assert main(["check", name, "--dry-run", "--no-data", "device=cpu", *words]) == 0
     told = capsys.readouterr().out
     for method in load_recipe(name).methods:
@@ -97,12 +100,20 @@ def test_recipes_have_the_tasks_of_the_public_code(name: str, sizes: tuple, imag
         ("lorac_ipc_imagenet_r", (20,) * 10, "natural"),
         ("lorac_ipc_imagenet_r_in21k", (20,) * 10, "natural"),
         ("lorac_ipc_imagenet_r_mocov3", (20,) * 10, "natural"),
-        ("lorac_ipc_five_datasets", (10,) * 5, "natural"),
+        ("lorac_ipc_five_datasets", (10,) * 5, None),
         ("lorac_ipc_domainnet", (69,) * 5, "natural"),
         ("slca_plus_plus_cifar100", (10,) * 10, None),
         ("slca_plus_plus_imagenet_r", (20,) * 10, "seeded"),
         ("slca_plus_plus_cub200", (20,) * 10, "seeded"),
         ("slca_plus_plus_cars196", (20,) * 9 + (16,), "seeded"),
+        ("slca_plus_plus_cifar100_mocov3", (10,) * 10, None),
+        ("slca_plus_plus_imagenet_r_mocov3", (20,) * 10, "seeded"),
+        ("slca_plus_plus_cub200_mocov3", (20,) * 10, "seeded"),
+        ("slca_plus_plus_cars196_mocov3", (20,) * 9 + (16,), "seeded"),
+        ("baselines_cifar100", (10,) * 10, None),
+        ("baselines_imagenet_r", (20,) * 10, "seeded"),
+        ("baselines_cub200", (20,) * 10, "seeded"),
+        ("baselines_cars196", (20,) * 9 + (16,), "seeded"),
     ],
 )
 def test_recipes_of_lora_methods_have_the_protocol_of_the_public_code(name: str, sizes: tuple, order: object) -> None:
@@ -118,7 +129,8 @@ def test_recipes_of_lora_methods_have_the_protocol_of_the_public_code(name: str,
     if config.stream.name == "avalanche":
         assert config.stream.arguments.get("shuffle") is order and "seed" not in config.stream.arguments
     else:
-        assert config.stream.class_order == order
+        assert getattr(config.stream, "class_order", None) == order
+        assert config.stream.name in name and config.stream.root is None  # the data set itself, in its own place
     assert config.seeds == ([42, 44, 40] if name.startswith("lorac") else [1993, 1996, 1997])
     image = preset_transforms(config.stream.transforms).eval(Image.new("RGB", (64, 64), "white"))
     assert image.shape == (3, 224, 224)
@@ -146,48 +158,112 @@ def test_lora_recipes_have_the_values_of_the_public_code() -> None:
     assert first == default | {"lora": default["lora"] | {"targets": targets}}
     pairs = [("cifar100", set()), ("imagenet_r", set()), ("imagenet_r_in21k", set())]
     for name, own in (*pairs, ("imagenet_r_mocov3", {"orthogonality"})):
-        ipc, plain = (method.model_dump() for method in load_recipe(f"lorac_ipc_{name}").methods)
+        ipc, plain = (method.model_dump() for method in load_recipe(f"lorac_ipc_{name}").methods[:2])
         assert {key for key in ipc if ipc[key] != plain[key]} == {"name", "importance"} | own
         assert plain["importance"] == ipc["importance"] | {"threshold": 0.0} != ipc["importance"]
-    plain, voting = load_recipe("lorac_ipc_cifar100_in21k").methods
-    assert voting.task_inference.batchwise_vote and not plain.task_inference.batchwise_vote and "vote" in voting.name
     assert load_recipe("lorac_ipc_domainnet").methods[0].task_inference is None
 
 
-@pytest.mark.parametrize("name", ["cifar100", "imagenet_r", "cub200", "cars196"])
-def test_slca_plus_plus_recipes_have_the_values_of_the_public_code(name: str, golden) -> None:
-    """The rates of a task are those of the golden tables."""
+@pytest.mark.parametrize("name", ["lorac_ipc_cifar100_in21k", "lorac_ipc_imagenet_r_in21k"])
+def test_rows_of_the_lorac_table_differ_in_what_their_names_say(name: str) -> None:
+    config = load_recipe(name)
+    rows = {method.name: method.model_dump() for method in config.methods}
+    for label, twin in (
+        ("lorac_newest", "lorac"),
+        ("lorac_ipc_newest", "lorac_ipc"),
+        ("lorac_ipc_batchwise_vote", "lorac_ipc"),
+    ):
+        assert {key for key in rows[label] if rows[label][key] != rows[twin][key]} == {"name", "task_inference"}
+    assert [rows[label]["importance"]["threshold"] for label in ("lorac", "lorac_ipc")] == [0.0, 0.05]
+    assert rows["lorac_newest"]["task_inference"] is None is rows["lorac_ipc_newest"]["task_inference"]
+    single, voting = (rows[label]["task_inference"] for label in ("lorac_ipc", "lorac_ipc_batchwise_vote"))
+    assert single == rows["lorac"]["task_inference"] and not single["batchwise_vote"]
+    assert voting == single | {"batchwise_vote": True} and config.training.eval_batch_size == 64  # what votes together
+    whole = config.methods[-2:]
+    assert [method.strategy for method in whole] == ["naive", "joint"]
+    values = {"name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+    assert [config.training_of(method).optimizer.model_dump() for method in whole] == [values] * 2
+    assert {target.method for target in config.targets} == {*rows, None}
+
+
+SLCA_STREAMS = ["cifar100", "imagenet_r", "cub200", "cars196"]
+
+
+@pytest.mark.parametrize("weights", ["", "_mocov3"])
+@pytest.mark.parametrize("name", SLCA_STREAMS)
+def test_slca_plus_plus_recipes_have_the_values_of_the_public_code(name: str, weights: str, golden) -> None:
+    """The rates of a task are those of the golden tables, for SLCA++ and for SLCA."""
     import numpy as np
     import torch
 
     from avalanche_firn.experiments.methods import make_schedule
 
-    config = load_recipe(f"slca_plus_plus_{name}")
-    plus, slca = config.methods
+    config = load_recipe(f"slca_plus_plus_{name}{weights}")
+    plus, slca, *others = config.methods
+    assert [method.strategy for method in others] == ["slow_learner", "naive", "joint"]
+    assert all(config.training_of(method) == config.training_of(slca) for method in others)
+    assert others[0].backbone_scale == slca.backbone_scale and others[0].local_loss is slca.local_loss
+    assert config.backbone.fresh_final_norm and (config.backbone.weights is None) is (weights == "")
     assert plus.alignment.weight_decay == config.training.optimizer.weight_decay
     assert plus.alignment.temperature == slca.alignment.temperature == (0.05 if name == "cars196" else 0.1)
     assert config.training_of(slca).optimizer.weight_decay == slca.alignment.weight_decay == 5e-4
     short = {"cifar100": "cifar", "imagenet_r": "imgnetr", "cub200": "cub", "cars196": "cars"}[name]
-    for task in (0, 1):
-        pairs = plus.first_task_lora_scale if task == 0 else plus.backbone_scale
-        rates = [config.training.optimizer.lr * scale for scale in (pairs, plus.backbone_scale, 1.0)]
-        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": rate} for rate in rates])
-        schedule = make_schedule(config.training.schedule, config.training.epochs)(optimizer)
+    tables = golden("slca", "lr_tables")
+
+    def rates(training: TrainingConfig, *scales: float) -> list[list[float]]:
+        groups = [{"params": [torch.zeros(1)], "lr": training.optimizer.lr * scale} for scale in scales]
+        optimizer = torch.optim.SGD(groups)
+        schedule = make_schedule(training.schedule, training.epochs)(optimizer)
         found = []
-        for _ in range(config.training.epochs):
+        for _ in range(training.epochs):
             found.append([group["lr"] for group in optimizer.param_groups])
             optimizer.step()
             schedule.step()
-        table = golden("slca", "lr_tables")[f"slcapp_{short}_lora_task{task}"]  # columns A, B, other tensors, head
+        return found
+
+    for task in (0, 1):
+        pairs = plus.first_task_lora_scale if task == 0 else plus.backbone_scale
+        table = tables[f"slcapp_{short}_lora{weights}_task{task}"]  # columns A, B, other tensors, head
+        found = rates(config.training_of(plus), pairs, plus.backbone_scale, 1.0)
         np.testing.assert_allclose(found, table[:, [0, 2, 3]], rtol=0, atol=1e-12)
+    found = rates(config.training_of(slca), slca.backbone_scale, 1.0)
+    np.testing.assert_allclose(found, tables[f"slca_{short}{weights}"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SLCA_STREAMS)
+def test_recipes_to_be_read_beside_slca_plus_plus_share_its_setting(name: str) -> None:
+    """Those of MoCo v3 and of Avalanche's baselines: what they have in common with their twin is the same."""
+    from avalanche_firn.experiments.task_plan import plan_tasks
+
+    twin, moco, beside = (
+        load_recipe(recipe)
+        for recipe in (f"slca_plus_plus_{name}", f"slca_plus_plus_{name}_mocov3", f"baselines_{name}")
+    )
+    for other in (moco, beside):
+        assert (other.stream, other.evaluation, other.seeds) == (twin.stream, twin.evaluation, twin.seeds)
+        assert other.training.batch_size == twin.training.batch_size and not other.targets
+    values = [[method.model_dump(exclude={"training"}) for method in config.methods] for config in (moco, twin)]
+    assert values[0] == values[1]
+    assert beside.backbone == twin.backbone and beside.training.epochs == twin.training.epochs
+    slca = twin.training_of(twin.methods[1])
+    assert all(beside.training_of(method) == slca for method in beside.methods)
+    labels = ["naive", "avalanche_replay", "ewc", "lwf", "der_plus_plus", "scr", "joint"]
+    assert [method.name for method in beside.methods] == labels
+    replay, der = beside.methods[1], beside.methods[4]
+    classes = sum(plan_tasks(beside.stream).sizes)
+    assert replay.rehearsal.mem_size == der.rehearsal.mem_size == 20 * classes and der.beta > 0
+    told = read_recipe(f"baselines_{name}")
+    assert f"firn report runs/slca_plus_plus_{name} runs/baselines_{name}" in told and "LearningToPrompt" in told
 
 
 def test_recipes_of_papers_say_where_every_value_comes_from() -> None:
     """Every line with a value has a comment; those of the header and lines that open a section aside."""
     free = {"name", "description", "benchmark", "root", "strategy", "streams", "split", "eval_batch_size", "adapt"}
     free |= {"experiment", "label"}
+    free |= {"{method", "{name", "standing", "spread_of", "source"}  # figures of others have their source in a field
     for name in ALL:
-        if not name.startswith(("lp_ft", "co2l", "cila", "lorac_ipc", "slca_plus_plus", "zapping_omn", "zapping_mini")):
+        papers = ("baselines", "cila", "co2l", "domainnet", "lorac_ipc", "lp_ft", "slca_plus_plus")
+        if not name.startswith((*papers, "zapping_omn", "zapping_mini")):
             continue
         for line in read_recipe(name).splitlines():
             key, _, value = line.strip().removeprefix("- ").partition(":")
@@ -206,22 +282,108 @@ def test_co2l_recipes_differ_in_what_their_names_say(name: str) -> None:
     plain = []
     for slots in (200, 500):
         config = load_recipe(f"{name}_{slots}")
-        co2l, cila, other, replay = (method.model_dump() for method in config.methods)
+        co2l, cila, other, *stored = (method.model_dump() for method in config.methods)
         own = {"name", "strategy", "coefficient", "distillation_weight"}
         assert [{k: v for k, v in m.items() if k not in own} for m in (cila, other)] == [
             {k: v for k, v in co2l.items() if k not in own}
         ] * 2
         assert cila["coefficient"] | {"ratio_scale": "training"} == other["coefficient"] != cila["coefficient"]
-        assert co2l["rehearsal"]["mem_size"] == replay["rehearsal"]["mem_size"] == slots
+        assert [method["name"] for method in stored] == ["replay", "der", "der_plus_plus"]
+        assert {method["rehearsal"]["mem_size"] for method in (co2l, *stored)} == {slots}
         normalization = PRESET_NORMALIZATION[config.stream.transforms]
         views = _augmentation(config.methods[0].augmentation, normalization)
         preset = ContrastiveAugmentation.preset(name.removeprefix("co2l_"))
         assert str(views) == str(preset)
         assert views._mean.tolist() == preset._mean.tolist() and views._std.tolist() == preset._std.tolist()
         changed = [f"methods.{method.name}.rehearsal.mem_size=1" for method in config.methods]
-        changed += ["methods.replay.training.optimizer.lr=1"]  # the replay code has its own for each buffer
+        for label in ("replay", "der", "der_plus_plus"):  # the DER code has its own values for each buffer
+            changed.append(f"methods.{label}.training.optimizer.lr=1")
+        for label in ("der", "der_plus_plus"):
+            changed += [f"methods.{label}.alpha=1", f"methods.{label}.beta=1"]
         plain.append(load_recipe(f"{name}_{slots}", changed).identity())
     assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "replay", "der", "plus"),
+    [
+        ("seq_cifar10_200", 50, 32, 0.1, (0.03, 0.3), (0.03, 0.1, 0.5)),
+        ("seq_cifar10_500", 50, 32, 0.1, (0.03, 0.3), (0.03, 0.2, 0.5)),
+        ("seq_tiny_imagenet_200", 100, 32, 0.1, (0.03, 0.1), (0.03, 0.1, 1.0)),
+        ("seq_tiny_imagenet_500", 100, 32, 0.03, (0.03, 0.1), (0.03, 0.2, 0.5)),
+        ("rotated_mnist_200", 1, 128, 0.2, (0.2, 1.0), (0.1, 1.0, 0.5)),
+        ("rotated_mnist_500", 1, 128, 0.2, (0.2, 0.5), (0.2, 0.5, 1.0)),
+    ],
+)
+def test_replay_rows_of_co2l_recipes_have_the_values_of_the_der_code(
+    name: str, epochs: int, batch: int, replay: float, der: tuple, plus: tuple
+) -> None:
+    """Rate, alpha, beta; and what others report of DER and DER++ belongs to methods that are trained."""
+    config = load_recipe(f"co2l_{name}")
+    rows = {method.name: method for method in config.methods[3:]}
+    trained = {label: config.training_of(method) for label, method in rows.items()}
+    for training in trained.values():
+        optimizer = training.optimizer
+        assert (training.epochs, training.batch_size, training.schedule.name) == (epochs, batch, "none")
+        assert (optimizer.name, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0, 0)
+    rates = {label: training.optimizer.lr for label, training in trained.items()}
+    assert rates == {"replay": replay, "der": der[0], "der_plus_plus": plus[0]}
+    assert (rows["der"].alpha, rows["der"].beta) == (der[1], 0)
+    assert (rows["der_plus_plus"].alpha, rows["der_plus_plus"].beta) == plus[1:]
+    assert rows["der"].rehearsal == rows["der_plus_plus"].rehearsal
+    assert rows["der"].rehearsal.batch_size_mem == batch
+    figures = {"accuracy/last"} | (set() if "rotated" in name else {"task-il/accuracy/last"})
+    for label in ("co2l", "der", "der_plus_plus"):
+        assert {target.figure for target in config.targets if target.method == label} == figures
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
+def test_lp_ft_sequences_have_baselines_with_the_buffer_of_the_public_code(name: str) -> None:
+    config = load_recipe(f"lp_ft_seq_{name}")
+    names = ["naive", "lp_ft", "der", "avalanche_replay", "ewc", "lwf", "joint"]
+    assert [method.strategy for method in config.methods] == names
+    der, replay, ewc = config.methods[2:5]
+    assert der.rehearsal.mem_size == replay.rehearsal.mem_size == 256
+    assert (der.alpha, der.beta) == (0.4, 0.0)  # its configurations' alpha; no term of labels
+    assert (ewc.mode, ewc.decay_factor) == ("online", 1.0)  # twenty tasks would be forty copies of the model
+    assert all(config.training_of(method) == config.training for method in config.methods)
+    assert config.methods == load_recipe("lp_ft_seq_cifar10").methods
+    sections = read_recipe(f"lp_ft_seq_{name}").split("  - strategy: ")[3:-1]
+    assert len(sections) == 4
+    for section in sections:  # none of them pretends to be the paper's
+        assert "open in the paper; our choice, not tuned" in section
+
+
+def test_lp_ft_regions_reads_the_data_set_s_own_parts() -> None:
+    config = load_recipe("lp_ft_regions")
+    assert (config.stream.name, config.stream.root, config.stream.until_year) == ("fmow", None, 2013)
+    assert config.stream.regions == ["Asia", "Europe", "Africa", "Americas", "Oceania"]
+    assert not config.stream.augment and "0xaec91eb7c9d548ebb15e1b5e60f966ab" in read_recipe("lp_ft_regions")
+
+
+def test_domainnet_by_domains_trains_what_accepts_repeated_classes() -> None:
+    """Six domains of all classes; its values are those of SLCA on ImageNet-R, as it says."""
+    from PIL import Image
+
+    from avalanche_firn.benchmarks.domainnet import DOMAINNET_DOMAINS
+    from avalanche_firn.benchmarks.transforms import preset_transforms
+    from avalanche_firn.experiments.resources import refuse_repeated_classes
+    from avalanche_firn.experiments.task_plan import plan_tasks
+
+    config, twin = load_recipe("domainnet_domains"), load_recipe("slca_plus_plus_imagenet_r")
+    plan = plan_tasks(config.stream)
+    assert plan.sizes == (345,) * 6 and plan.repeats and plan.num_classes == 345
+    assert config.stream.domains == list(DOMAINNET_DOMAINS)
+    refuse_repeated_classes(config, plan.name)  # none of its methods is
+    with pytest.raises(ConfigError, match="slca_plus_plus needs each class in one experience, and domainnet repeats"):
+        refuse_repeated_classes(load_recipe("domainnet_domains", ["methods=[slca_plus_plus]"]), plan.name)
+    slca = next(method for method in twin.methods if method.name == "slca")
+    assert config.training == twin.training_of(slca) and (config.backbone, config.seeds) == (twin.backbone, twin.seeds)
+    assert config.methods[1].ft_lr == pytest.approx(config.training.optimizer.lr * slca.backbone_scale)
+    assert all(config.training_of(method) == config.training for method in config.methods)
+    image = preset_transforms(config.stream.transforms).eval(Image.new("RGB", (64, 64)))
+    assert image.shape == (3, 224, 224) and config.stream.transforms == twin.stream.transforms
+    assert not config.targets
 
 
 @pytest.mark.parametrize("schema", [Config, TransferExperiment])
@@ -301,7 +463,12 @@ def test_method_training_replaces_single_values() -> None:
 
 def test_digest_is_the_experiment_not_its_surroundings() -> None:
     base = load_recipe("digits").single("slca", 0)
-    same = load_recipe("digits", ["name=x", "output=y", "progress=false", "checkpoint.every=7", "seeds=[0]"])
+    said = [
+        "benchmark=z",
+        "cost=null",
+        "targets=[{name: x, figure: accuracy/last, value: 1, standing: code, source: y}]",
+    ]
+    same = load_recipe("digits", ["name=x", "output=y", "progress=false", "checkpoint.every=7", "seeds=[0]", *said])
     assert same.single("slca", 0).digest() == base.digest()
     for override in ("training.epochs=2", "device=cpu", "methods.slca.alignment.lr=0.5", "stream.tasks=2"):
         assert load_recipe("digits", [override]).single("slca", 0).digest() != base.digest()
@@ -332,7 +499,10 @@ def test_copy_never_overwrites(tmp_path: Path) -> None:
 def test_recipes_command(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["recipes"]) == 0
-    assert "digits" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert all(any(line.startswith(f"{name} ") for line in listed.splitlines()) for name in ALL)
+    assert main(["recipes", "ls", "--long"]) == 0
+    assert load_experiment("digits").description in " ".join(capsys.readouterr().out.split())
     assert main(["recipes", "show", "digits"]) == 0
     assert "methods:" in capsys.readouterr().out
     assert main(["recipes", "copy", "digits", "mine.yaml"]) == 0
@@ -346,7 +516,10 @@ def test_recipes_command(capsys, tmp_path: Path, monkeypatch) -> None:
     assert "stream.name: one of digits, folder, avalanche" in listed
 
 
-@pytest.mark.parametrize("command", [["--help"], ["recipes", "ls"], ["compare", "--help"], ["check", "x", "a=1"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["recipes", "ls"], ["recipes", "ls", "--long"], ["compare", "--help"], ["check", "x", "a=1"]],
+)
 def test_answers_without_the_heavy_imports(command: list[str]) -> None:
     code = (
         "import sys; from avalanche_firn.experiments.cli import main; main(sys.argv[1:]); "

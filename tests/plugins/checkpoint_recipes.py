@@ -37,7 +37,9 @@ from avalanche_firn.benchmarks.domains import build_domain_stream
 from avalanche_firn.evaluation import RepresentationDrift, RepresentationProbe
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.lora import LoRAComposition
+from avalanche_firn.models.nearest_mean import NearestMeanNetwork
 from avalanche_firn.models.parts import FeatureClassifier
+from avalanche_firn.plugins.avalanche_state import ResumableEWCPlugin, ResumableLwFPlugin
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
 from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
@@ -45,12 +47,16 @@ from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillat
 from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
+from avalanche_firn.plugins.placed_buffer import ResumableReplayPlugin
 from avalanche_firn.plugins.plain_state import differing_state
 from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
 from avalanche_firn.plugins.strategy_state import capture_strategy
 from avalanche_firn.plugins.task_inference import TaskInferencePlugin
 from avalanche_firn.plugins.warmup_cosine import WarmupCosinePlugin
 from avalanche_firn.plugins.zapping import ZappingPlugin
+from avalanche_firn.strategies.avalanche_der import ResumableDER
+from avalanche_firn.strategies.avalanche_scr import ResumableSCR
 from avalanche_firn.strategies.cila import CILA
 from avalanche_firn.strategies.lorac_ipc import LoRACIPC
 from avalanche_firn.strategies.lp_ft import LPFT
@@ -379,16 +385,21 @@ def two_noisy_views(x):
     return torch.stack(views).float()
 
 
-def cila_domains(plugins, loggers=()):
-    """Ten digits in each of three domains, a reservoir of them, views from the loader."""
-    bm = build_domain_stream(
+def domains(transform=None):
+    """Ten digits in each of three domains."""
+    return build_domain_stream(
         "domains",
         train=[dataset(slice(40 * d, 40 * (d + 1))) for d in range(3)],
         test=[dataset(slice(400 + 20 * d, 420 + 20 * d)) for d in range(3)],
         class_names=[str(c) for c in range(10)],
         fingerprint="",
-        train_transform=two_noisy_views,
+        train_transform=transform,
     ).benchmark
+
+
+def cila_domains(plugins, loggers=()):
+    """Ten digits in each of three domains, a reservoir of them, views from the loader."""
+    bm = domains(two_noisy_views)
     return contrastive(bm, plugins, loggers, rule={"domain_incremental": True}, storage="reservoir")
 
 
@@ -513,11 +524,79 @@ def zapped_iid_reference(plugins, loggers=()):
     return zapped_iid(plugins, loggers, reference=True, optimizer_state="keep")
 
 
+def backbone():
+    return nn.Sequential(nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.2))
+
+
+def grown(own, plugins, loggers=(), **kwargs):
+    """A growing classifier and a fresh optimizer, as Avalanche's baselines get them in recipes."""
+    model = FeatureClassifier(backbone(), TaskwiseLinearHead(24, freeze_old=False))
+    return sgd(model, [FreshOptimizerPlugin(), *own, *plugins], loggers, **kwargs)
+
+
+def ewc_online(plugins, loggers=()):
+    """Importances that meet new rows of the classifier."""
+    own = ResumableEWCPlugin(5.0, "online", 0.9)
+    return grown([own], plugins, loggers), stream(Noisy), {"eval_streams": []}
+
+
+def lwf(plugins, loggers=()):
+    """A teacher in training mode, whose BatchNorm moves and whose dropout draws; evaluations within an experience."""
+    bm = stream(Noisy)
+    own = [ResumableLwFPlugin(teacher="training"), MixedPrecisionPlugin("bf16")]
+    return grown(own, plugins, loggers, eval_every=1), bm, {"eval_streams": [bm.test_stream]}
+
+
+def avalanche_replay(plugins, loggers=()):
+    """A buffer that is smaller than what Avalanche draws from it in two steps."""
+    own = ResumableReplayPlugin(12, batch_size_mem=8)
+    return grown([own], plugins, loggers), stream(Noisy), {"eval_streams": []}
+
+
+def noisy_view(x):
+    return x + 0.05 * (torch.rand(()) + random.random() + np.random.rand()).float()
+
+
+def replay_domains(plugins, loggers=()):
+    """The classes come again, a reservoir of them; augmentation in worker processes."""
+    own = ResumableReplayPlugin(12, storage="reservoir")
+    return grown([own], plugins, loggers), domains(noisy_view), {"eval_streams": [], "num_workers": 2}
+
+
+def der(plugins, loggers=(), **kwargs):
+    model = FeatureClassifier(backbone(), TaskwiseLinearHead(24, freeze_old=False))
+    settings = {"strategy": ResumableDER, "mem_size": 15, "batch_size_mem": 6, "alpha": 0.3, **kwargs}
+    return sgd(model, [FreshOptimizerPlugin(), *plugins], loggers, **settings), stream(Noisy), {"eval_streams": []}
+
+
+def der_bf16(plugins, loggers=()):
+    """DER without the labels of stored images, on a stream whose classes come again."""
+    strategy, _, settings = der([MixedPrecisionPlugin("bf16"), *plugins], loggers, beta=0.0)
+    return strategy, domains(noisy_view), settings
+
+
+def blurred(images):
+    """A view of every image of a batch, drawn from torch's generator."""
+    return images * (0.9 + 0.2 * torch.rand(len(images), 1, device=images.device))
+
+
+def scr(plugins, loggers=()):
+    """Class means from a buffer, four views of it in a step."""
+    metrics = EvaluationPlugin(
+        accuracy_metrics(experience=True, stream=True), loss_metrics(epoch=True, stream=True), loggers=list(loggers)
+    )
+    settings = {"strategy": ResumableSCR, "mem_size": 20, "batch_size_mem": 10, "augmentations": blurred}
+    model = NearestMeanNetwork(backbone(), 24, projection_size=8)
+    strategy = sgd(model, [FreshOptimizerPlugin(), *plugins], loggers, **settings, evaluator=metrics)
+    return strategy, stream(Noisy), {"eval_streams": []}
+
+
 RECIPES = [
     naive_adam, growing, growing_by_iteration, early_stopping, stopped_epochs, ewc, synaptic_intelligence, workers,
     lasting_workers, augmented, slca, slca_evaluated, slca_bf16, head_per_task, lp_ft, lp_ft_one_optimizer,
     cila, cila_task, cila_final_model, cila_domains, lorac_ipc, slca_plus_plus,
     asb, asb_evaluated, meta_asb, episodes_lasting_workers, zapped_iid, zapped_iid_reference,
+    ewc_online, lwf, avalanche_replay, replay_domains, der, der_bf16, scr,
 ]  # fmt: skip
 
 

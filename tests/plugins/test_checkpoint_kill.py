@@ -35,6 +35,8 @@ PRELOAD = [
     "sklearn.datasets",
     "pytest",
     "avalanche_firn.plugins.checkpoint",
+    "avalanche_firn.strategies.avalanche_der",
+    "avalanche_firn.strategies.avalanche_scr",
     "avalanche_firn.strategies.cila",
     "avalanche_firn.strategies.lorac_ipc",
     "avalanche_firn.strategies.slca",
@@ -95,6 +97,7 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     from safetensors.torch import save_file
 
     from avalanche_firn.plugins import checkpoint_files, classifier_alignment, linear_probe
+    from avalanche_firn.plugins.avalanche_state import ResumableEWCPlugin
     from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
     from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
     from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
@@ -102,6 +105,8 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
     from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
     from avalanche_firn.plugins.task_inference import TaskInferencePlugin
     from avalanche_firn.plugins.zapping import ZappingPlugin
+    from avalanche_firn.strategies.avalanche_der import LogitBuffer
+    from avalanche_firn.strategies.avalanche_scr import ResumableSCR
 
     torch.set_num_threads(1)
     run = Path(folder)
@@ -138,6 +143,9 @@ def child(folder: str, recipe: str, kill_at: int | None, only: str | None) -> No
         (TaskInferencePlugin, "_second_pass", "inferring"),
         (SequentialPhasePlugin, "_step", inner),
         (ZappingPlugin, "_zap", "zapping"),
+        (ResumableEWCPlugin, "compute_importances", "importances"),
+        (LogitBuffer, "update", "logits"),
+        (ResumableSCR, "compute_class_means", "means"),
     ):
         setattr(owner, name, mark.around(getattr(owner, name), phase))
 
@@ -266,6 +274,11 @@ def test_the_run_covers_what_is_to_be_killed(references):
         ("asb", 3),
         ("meta_asb", 3),
         ("zapped_iid", 2),
+        ("ewc_online", 2),
+        ("lwf", 2),
+        ("der", 2),
+        ("scr", 2),
+        ("avalanche_replay", 2),
         pytest.param("slca_evaluated", 200, marks=pytest.mark.slow),
         *(
             pytest.param(f"cila{name}", 60, marks=pytest.mark.slow)
@@ -278,6 +291,10 @@ def test_the_run_covers_what_is_to_be_killed(references):
         *(
             pytest.param(recipe, 60, marks=pytest.mark.slow)
             for recipe in ("asb", "asb_evaluated", "meta_asb", "zapped_iid", "zapped_iid_reference")
+        ),
+        *(
+            pytest.param(recipe, 60, marks=pytest.mark.slow)
+            for recipe in ("ewc_online", "lwf", "der", "der_bf16", "scr", "avalanche_replay", "replay_domains")
         ),
     ],
 )
@@ -427,3 +444,43 @@ def test_what_the_stories_of_zapped_runs_tell(references):
     assert told("meta_asb")[0]["SequentialPhasePlugin"]["seed"] == "3"
     history = told("zapped_iid")[0]["ZappingPlugin"]["history"]
     assert [(zap[1], len(zap[3])) for zap in history] == [("1", 5), ("2", 5)] * 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "places"),
+    [
+        ("ewc_online", [("importances", 1), ("training", 40), ("importances", 2), ("training", 60)]),
+        ("lwf", [("training", 110), ("evaluating", 30), ("training", 60), ("training", 45)]),
+        ("der", [("logits", 2), ("training", 45), ("training", 30), ("logits", 3)]),
+        ("scr", [("means", 2), ("training", 45), ("means", 1), ("training", 40), ("means", 2)]),
+        ("avalanche_replay", [("training", 130), ("training", 45), ("between", 1), ("training", 50)]),
+    ],
+)
+def test_kills_in_avalanche_s_own_methods(recipe, places, references, tmp_path):
+    """One chain: before and after importances, logits and class means are computed, and in the epochs after them.
+    There are ten marks of training per step."""
+    expected, _, _ = references(recipe)
+    draws = iter([*({"only": phase, "kill_at": count} for phase, count in places), {}])
+    assert kill_until_done(tmp_path / recipe / "run", lambda: next(draws), expected) == [phase for phase, _ in places]
+
+
+def test_what_the_stories_of_avalanche_s_own_methods_tell(references):
+    """Importances of the last experience alone, no teacher between experiences, a full buffer with its logits, means
+    of all classes."""
+
+    def told(recipe):
+        state = json.loads(references(recipe)[0][2])
+        return {p["class"].split(".")[-1].strip("'"): p["state"] for p in state["plugins"]}, state["attributes"], state
+
+    plugins, _, _ = told("ewc_online")
+    importances = plugins["ResumableEWCPlugin"]["attributes"]["importances"]["$default"]
+    assert [task for task, _ in importances] == ["2"] and "'head.weights.2'" in json.dumps(importances)
+    plugins, _, _ = told("lwf")
+    assert plugins["ResumableLwFPlugin"]["teacher"] == "None" and len(plugins["ResumableLwFPlugin"]["classes"]) == 10
+    plugins, _, _ = told("avalanche_replay")
+    assert plugins["ResumableReplayPlugin"]["places"].startswith("torch.int64 (12, 2)")
+    assert plugins["ResumableReplayPlugin"]["groups"] == [[str(task), "4", "4"] for task in range(3)]
+    _, attributes, _ = told("der")
+    assert attributes["attributes"]["storage_policy"]["$state"]["logits"].startswith("torch.float32 (15, 10)")
+    _, _, state = told("scr")
+    assert state["model"]["tensors"]["head.class_means"].startswith("torch.float32 (10, 24)")

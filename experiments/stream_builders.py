@@ -1,0 +1,278 @@
+"""From the section ``stream`` of a configuration to a stream: one builder per kind of section, in :data:`_BUILDERS`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from avalanche_firn.benchmarks import classic
+from avalanche_firn.benchmarks.cars196 import cars196_stream
+from avalanche_firn.benchmarks.cub200 import cub200_stream
+from avalanche_firn.benchmarks.digits import digits_stream
+from avalanche_firn.benchmarks.domainnet import domainnet_domain_stream, domainnet_stream
+from avalanche_firn.benchmarks.domains import domain_folder_stream
+from avalanche_firn.benchmarks.five_datasets import five_datasets_stream
+from avalanche_firn.benchmarks.fmow import fmow_region_stream
+from avalanche_firn.benchmarks.folder import folder_stream
+from avalanche_firn.benchmarks.huggingface import huggingface_stream
+from avalanche_firn.benchmarks.imagenet_r import imagenet_r_stream
+from avalanche_firn.benchmarks.rotations import rotation_angles
+from avalanche_firn.benchmarks.streams import Stream
+from avalanche_firn.benchmarks.transforms import TransformPair, preset_transforms, timm_transforms
+from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.errors import ConfigError, Problem
+from avalanche_firn.experiments.public_stream_sections import (
+    Cars196StreamConfig,
+    CUB200StreamConfig,
+    DomainNetStreamConfig,
+    FiveDatasetsStreamConfig,
+    FMoWStreamConfig,
+    HuggingFaceStreamConfig,
+    ImageNetRStreamConfig,
+)
+from avalanche_firn.experiments.stream_sections import (
+    AvalancheStreamConfig,
+    DigitsStreamConfig,
+    DomainFolderStreamConfig,
+    FolderStreamConfig,
+)
+
+__all__ = ["as_config_error", "build_stream"]
+
+Transforms = Mapping[str, Any]  # train_transform and eval_transform, as streams take them
+
+
+@contextmanager
+def as_config_error(path: str) -> Iterator[None]:
+    """Errors of a builder become errors of the section at `path`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ConfigError(Problem(path, str(error) or type(error).__name__)) from error
+
+
+def build_stream(config: Config, data_config: dict[str, Any], seed: int) -> Stream:
+    """Build the stream of a run; `seed` makes the class order where the configuration says ``seeded``.
+
+    Raises:
+        ConfigError: no data, a file that is no image, an impossible split.
+    """
+    section = config.stream
+    with as_config_error("stream"):
+        if isinstance(section, DigitsStreamConfig):
+            return digits_stream(
+                image_size=_image_size(data_config),
+                mean=data_config["mean"],
+                std=data_config["std"],
+                tasks=section.tasks,
+                **_order(section.class_order, seed),
+            )
+        pair = _transforms(section, data_config)
+        if isinstance(section, AvalancheStreamConfig):
+            return _classic(section, pair, seed)
+        assert pair is not None
+        stream = _BUILDERS[type(section)](section, {"train_transform": pair.train, "eval_transform": pair.eval}, seed)
+        return _counted(stream, getattr(section, "classes", None))
+
+
+def _folder(section: FolderStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return folder_stream(
+        section.root,
+        tasks=section.tasks,
+        validation_fraction=section.validation_fraction,
+        test_fraction=section.test_fraction,
+        split_seed=section.split_seed,
+        **transforms,
+        **_order(section.class_order, seed),
+    )
+
+
+def _domains(section: DomainFolderStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return domain_folder_stream(
+        section.root,
+        domains=section.domain_order,
+        validation_fraction=section.validation_fraction,
+        test_fraction=section.test_fraction,
+        split_seed=section.split_seed,
+        **transforms,
+    )
+
+
+def _imagenet_r(section: ImageNetRStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    files = section.split_files
+    return imagenet_r_stream(
+        section.root,
+        tasks=section.tasks,
+        split_files=None if files is None else (files[0], files[1]),
+        validation_fraction=section.validation_fraction,
+        split_seed=section.split_seed,
+        complete=section.complete,
+        download=section.download,
+        **transforms,
+        **_order(section.class_order, seed),
+    )
+
+
+def _cub200(section: CUB200StreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return cub200_stream(
+        section.root,
+        tasks=section.tasks,
+        validation_fraction=section.validation_fraction,
+        split_seed=section.split_seed,
+        complete=section.complete,
+        download=section.download,
+        **transforms,
+        **_order(section.class_order, seed),
+    )
+
+
+def _cars196(section: Cars196StreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return cars196_stream(
+        section.root,
+        tasks=section.tasks,
+        swap_train_test=section.swap_train_test,
+        validation_fraction=section.validation_fraction,
+        split_seed=section.split_seed,
+        complete=section.complete,
+        **transforms,
+        **_order(section.class_order, seed),
+    )
+
+
+def _domainnet(section: DomainNetStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    common = {
+        "validation_fraction": section.validation_fraction,
+        "split_seed": section.split_seed,
+        "complete": section.complete,
+        "download": section.download,
+        **transforms,
+    }
+    if section.domains is not None:
+        common["domains"] = section.domains
+    if section.scenario == "domains":
+        return domainnet_domain_stream(section.root, **common)
+    return domainnet_stream(section.root, tasks=section.tasks, **common, **_order(section.class_order, seed))
+
+
+def _five_datasets(section: FiveDatasetsStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return five_datasets_stream(
+        section.root,
+        datasets=section.datasets,
+        validation_fraction=section.validation_fraction,
+        split_seed=section.split_seed,
+        download=section.download,
+        **transforms,
+    )
+
+
+def _fmow(section: FMoWStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return fmow_region_stream(
+        section.root,
+        regions=section.regions,
+        until_year=section.until_year,
+        complete=section.complete,
+        **transforms,
+    )
+
+
+def _huggingface(section: HuggingFaceStreamConfig, transforms: Transforms, seed: int) -> Stream:
+    return huggingface_stream(
+        section.dataset,
+        config=section.config,
+        revision=section.revision,
+        image=section.image,
+        label=section.label,
+        train=section.train,
+        test=section.test,
+        validation=section.validation,
+        tasks=section.tasks,
+        validation_fraction=section.validation_fraction,
+        test_fraction=section.test_fraction,
+        split_seed=section.split_seed,
+        **transforms,
+        **_order(section.class_order, seed),
+    )
+
+
+_BUILDERS: dict[type[Any], Callable[[Any, Transforms, int], Stream]] = {
+    FolderStreamConfig: _folder,
+    DomainFolderStreamConfig: _domains,
+    ImageNetRStreamConfig: _imagenet_r,
+    CUB200StreamConfig: _cub200,
+    Cars196StreamConfig: _cars196,
+    DomainNetStreamConfig: _domainnet,
+    FiveDatasetsStreamConfig: _five_datasets,
+    FMoWStreamConfig: _fmow,
+    HuggingFaceStreamConfig: _huggingface,
+}
+
+
+def _counted(stream: Stream, classes: int | None) -> Stream:
+    """`stream`, whose number of classes must be the declared one, if one is declared."""
+    if classes not in (None, stream.num_classes):
+        reason = f"{classes}, but the data has {stream.num_classes} classes"
+        raise ConfigError(Problem("stream.classes", reason, f"{stream.num_classes} or null"))
+    return stream
+
+
+def _order(order: Any, seed: int) -> dict[str, Any]:
+    if order == "seeded":
+        return {"seed": seed}
+    return {} if order == "natural" else {"class_order": order}
+
+
+def _image_size(data_config: dict[str, Any]) -> int:
+    channels, height, width = data_config["input_size"]
+    if channels != 3 or height != width:
+        accepted = "a backbone for square images of three channels"
+        raise ConfigError(Problem("backbone", f"takes images of {channels}x{height}x{width}", accepted))
+    return int(height)
+
+
+def _transforms(section: Any, data_config: dict[str, Any]) -> TransformPair | None:
+    if section.transforms == "own":
+        return None
+    if section.transforms == "backbone":
+        return timm_transforms(data_config, augment=section.augment)
+    return preset_transforms(section.transforms)
+
+
+def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: int) -> Stream:
+    arguments = dict(section.arguments)
+    known = classic.avalanche_benchmarks()
+    if section.benchmark in known:
+        import avalanche.benchmarks.classic as benchmarks
+
+        accepted = inspect.signature(getattr(benchmarks, section.benchmark)).parameters
+        if "seed" in accepted and not {"seed", "fixed_class_order"} & set(arguments):
+            arguments["seed"] = seed
+        if section.benchmark == "RotatedMNIST" and "n_experiences" in arguments and "rotations_list" not in arguments:
+            arguments["rotations_list"] = rotation_angles(arguments["n_experiences"], arguments.get("seed", seed))
+        if pair is not None:
+            arguments |= {"train_transform": _RGB(pair.train), "eval_transform": _RGB(pair.eval)}
+    return classic.avalanche_stream(
+        section.benchmark,
+        validation_fraction=section.validation_fraction,
+        split_seed=section.split_seed,
+        first_experiences=section.first_experiences,
+        **arguments,
+    )
+
+
+class _RGB:
+    """A transform of RGB images that also takes grey ones and, from Avalanche's MNIST, tensors (C, H, W) in 0..1."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        if isinstance(image, torch.Tensor):
+            image = to_pil_image((image * 255).round().to(torch.uint8) if image.is_floating_point() else image)
+        return self.transform(image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image)
