@@ -192,7 +192,9 @@ class HuggingFaceStreamConfig(Section):
     image: str | None = Field(default=None, min_length=1, description="column of the images; null = found by its type")
     label: str | None = Field(default=None, min_length=1, description="column of the labels; null = found by its type")
     train: str = Field(default="train", min_length=1, description="its split to train on")
-    test: str | None = Field(default=None, min_length=1, description="its split to test on; null = test, else drawn")
+    test: str | None = Field(
+        default=None, min_length=1, description="its split to test on; null = test, validation or drawn"
+    )
     validation: str | None = Field(default=None, min_length=1, description="its validation split; null = drawn")
     tasks: Tasks = Field(description=TASKS_HELP)
     class_order: Literal["natural", "seeded"] | list[ClassId | str] = Field(

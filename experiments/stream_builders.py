@@ -82,123 +82,60 @@ def build_stream(config: Config, data_config: dict[str, Any], seed: int) -> Stre
         return _counted(stream, getattr(section, "classes", None))
 
 
+# Fields that mean to a builder what they mean in its section, under the same name.
+_SHARED = ("tasks", "validation_fraction", "test_fraction", "split_seed", "complete", "download")
+
+
+def _shared(section: Any, transforms: Transforms, seed: int, *but: str) -> dict[str, Any]:
+    """What most builders take: transforms, class order, and the fields of the section among `_SHARED` without `but`."""
+    fields = {name: getattr(section, name) for name in _SHARED if hasattr(section, name) and name not in but}
+    order = {} if "class_order" in but else _order(getattr(section, "class_order", "natural"), seed)
+    return {**fields, **transforms, **order}
+
+
 def _folder(section: FolderStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return folder_stream(
-        section.root,
-        tasks=section.tasks,
-        validation_fraction=section.validation_fraction,
-        test_fraction=section.test_fraction,
-        split_seed=section.split_seed,
-        **transforms,
-        **_order(section.class_order, seed),
-    )
+    return folder_stream(section.root, **_shared(section, transforms, seed))
 
 
 def _domains(section: DomainFolderStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return domain_folder_stream(
-        section.root,
-        domains=section.domain_order,
-        validation_fraction=section.validation_fraction,
-        test_fraction=section.test_fraction,
-        split_seed=section.split_seed,
-        **transforms,
-    )
+    return domain_folder_stream(section.root, domains=section.domain_order, **_shared(section, transforms, seed))
 
 
 def _imagenet_r(section: ImageNetRStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    files = section.split_files
-    return imagenet_r_stream(
-        section.root,
-        tasks=section.tasks,
-        split_files=None if files is None else (files[0], files[1]),
-        validation_fraction=section.validation_fraction,
-        split_seed=section.split_seed,
-        complete=section.complete,
-        download=section.download,
-        **transforms,
-        **_order(section.class_order, seed),
-    )
+    files = None if section.split_files is None else (section.split_files[0], section.split_files[1])
+    return imagenet_r_stream(section.root, split_files=files, **_shared(section, transforms, seed))
 
 
 def _cub200(section: CUB200StreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return cub200_stream(
-        section.root,
-        tasks=section.tasks,
-        validation_fraction=section.validation_fraction,
-        split_seed=section.split_seed,
-        complete=section.complete,
-        download=section.download,
-        **transforms,
-        **_order(section.class_order, seed),
-    )
+    return cub200_stream(section.root, **_shared(section, transforms, seed))
 
 
 def _cars196(section: Cars196StreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return cars196_stream(
-        section.root,
-        tasks=section.tasks,
-        swap_train_test=section.swap_train_test,
-        validation_fraction=section.validation_fraction,
-        split_seed=section.split_seed,
-        complete=section.complete,
-        **transforms,
-        **_order(section.class_order, seed),
-    )
+    swap = section.swap_train_test
+    return cars196_stream(section.root, swap_train_test=swap, **_shared(section, transforms, seed))
 
 
 def _domainnet(section: DomainNetStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    common = {
-        "validation_fraction": section.validation_fraction,
-        "split_seed": section.split_seed,
-        "complete": section.complete,
-        "download": section.download,
-        **transforms,
-    }
-    if section.domains is not None:
-        common["domains"] = section.domains
+    chosen: dict[str, Any] = {} if section.domains is None else {"domains": section.domains}
     if section.scenario == "domains":
-        return domainnet_domain_stream(section.root, **common)
-    return domainnet_stream(section.root, tasks=section.tasks, **common, **_order(section.class_order, seed))
+        shared = _shared(section, transforms, seed, "tasks", "class_order")
+        return domainnet_domain_stream(section.root, **chosen, **shared)
+    return domainnet_stream(section.root, **chosen, **_shared(section, transforms, seed))
 
 
 def _five_datasets(section: FiveDatasetsStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return five_datasets_stream(
-        section.root,
-        datasets=section.datasets,
-        validation_fraction=section.validation_fraction,
-        split_seed=section.split_seed,
-        download=section.download,
-        **transforms,
-    )
+    return five_datasets_stream(section.root, datasets=section.datasets, **_shared(section, transforms, seed))
 
 
 def _fmow(section: FMoWStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return fmow_region_stream(
-        section.root,
-        regions=section.regions,
-        until_year=section.until_year,
-        complete=section.complete,
-        **transforms,
-    )
+    shared = _shared(section, transforms, seed)
+    return fmow_region_stream(section.root, regions=section.regions, until_year=section.until_year, **shared)
 
 
 def _huggingface(section: HuggingFaceStreamConfig, transforms: Transforms, seed: int) -> Stream:
-    return huggingface_stream(
-        section.dataset,
-        config=section.config,
-        revision=section.revision,
-        image=section.image,
-        label=section.label,
-        train=section.train,
-        test=section.test,
-        validation=section.validation,
-        tasks=section.tasks,
-        validation_fraction=section.validation_fraction,
-        test_fraction=section.test_fraction,
-        split_seed=section.split_seed,
-        **transforms,
-        **_order(section.class_order, seed),
-    )
+    own = ("config", "revision", "image", "label", "train", "test", "validation")
+    chosen: dict[str, Any] = {name: getattr(section, name) for name in own}
+    return huggingface_stream(section.dataset, **chosen, **_shared(section, transforms, seed))
 
 
 _BUILDERS: dict[type[Any], Callable[[Any, Transforms, int], Stream]] = {
