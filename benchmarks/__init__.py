@@ -9,6 +9,7 @@ from avalanche_firn.benchmarks.class_files import read_class_images
 from avalanche_firn.benchmarks.class_images import ClassImages
 from avalanche_firn.benchmarks.classic import avalanche_benchmarks, avalanche_stream, cut_benchmark, wrap_benchmark
 from avalanche_firn.benchmarks.cub200 import cub200_stream
+from avalanche_firn.benchmarks.device_transforms import TransformPlan, plan_transform
 from avalanche_firn.benchmarks.digits import digit_classes, digits_stream
 from avalanche_firn.benchmarks.domainnet import domainnet_domain_stream, domainnet_stream
 from avalanche_firn.benchmarks.domains import build_domain_stream, domain_folder_stream
@@ -19,6 +20,7 @@ from avalanche_firn.benchmarks.folder import folder_stream
 from avalanche_firn.benchmarks.huggingface import huggingface_stream
 from avalanche_firn.benchmarks.imagenet_r import imagenet_r_stream
 from avalanche_firn.benchmarks.listed import listed_domain_stream, listed_stream
+from avalanche_firn.benchmarks.memory import MemoryReport, hold_in_memory
 from avalanche_firn.benchmarks.mini_imagenet import mini_imagenet_classes, mini_imagenet_stream
 from avalanche_firn.benchmarks.omniglot import (
     OMNIGLOT_SMALL_PRETRAIN,
@@ -42,11 +44,13 @@ __all__ = [
     "ClassImages",
     "ContrastiveAugmentation",
     "DownloadError",
+    "MemoryReport",
     "RemoteFile",
     "Stream",
     "StreamError",
     "TensorImageDataset",
     "TransformPair",
+    "TransformPlan",
     "TwoViews",
     "avalanche_benchmarks",
     "avalanche_stream",
@@ -65,6 +69,7 @@ __all__ = [
     "five_datasets_stream",
     "fmow_region_stream",
     "folder_stream",
+    "hold_in_memory",
     "huggingface_stream",
     "imagenet_r_stream",
     "listed_domain_stream",
@@ -77,6 +82,7 @@ __all__ = [
     "omnimage_classes",
     "omnimage_stream",
     "one_class_stream",
+    "plan_transform",
     "preset_transforms",
     "read_class_images",
     "read_split",

@@ -55,6 +55,7 @@ class TensorImageDataset(Dataset):
         if storage not in ("auto", "uint8", "float32"):
             raise StreamError(f"storage is {storage!r}; accepted: 'auto', 'uint8', 'float32'")
         self.targets: list[int] = [int(t) for t in targets]
+        self._labels = torch.tensor(self.targets, dtype=torch.int64)
         self._mean = 255 * _channels("mean", mean)
         self._std = 255 * _channels("std", std)
         if bool((self._std <= 0).any()):
@@ -80,14 +81,14 @@ class TensorImageDataset(Dataset):
         images, _ = self._gather(indices)
         return [(image, self.targets[i]) for image, i in zip(images.unbind(0), indices, strict=True)]
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """The samples at `indices`, already collated: images (B, 3, H, W) float32 and labels (B,) int64."""
         images, rows = self._gather(indices)
-        return images, torch.tensor([self.targets[i] for i in rows.tolist()], dtype=torch.int64)
+        return images, self._labels[rows]
 
-    def _gather(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _gather(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        images = self._images[rows]
+        images = self._images.index_select(0, rows)  # far faster than brackets on a CPU
         return (images if self._normalised else self._normalise(images)), rows
 
     def _normalise(self, images: Tensor) -> Tensor:
