@@ -10,6 +10,7 @@ from avalanche_firn.evaluation.contrastive_bound import (
     tv_certificate,
 )
 from avalanche_firn.evaluation.contrastive_report import ContrastiveBound
+from avalanche_firn.evaluation.device_metrics import device_accuracy_metrics, device_loss_metrics
 from avalanche_firn.evaluation.drift import RepresentationDrift, linear_cka, weight_distance
 from avalanche_firn.evaluation.dynamics import (
     Dynamics,
@@ -102,6 +103,8 @@ __all__ = [
     "cosine_figure",
     "curve_interval",
     "curves_figure",
+    "device_accuracy_metrics",
+    "device_loss_metrics",
     "effect_totals",
     "filter_normalized_direction",
     "fit_linear_probe",

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
+from avalanche_firn.benchmarks.batches import loader_of
 from avalanche_firn.models.parts import evaluation_mode
 from avalanche_firn.plugins.random_state import private_random_state
 
@@ -112,12 +113,9 @@ def project_images(
     batches = []
     # seeded: an evaluation transform that draws must make the same images of them for every model
     with private_random_state(0), evaluation_mode(model):
-        loader = DataLoader(
-            Subset(data, [int(i) for i in positions]),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=getattr(data, "collate_fn", None),
-        )
+        chosen = [int(i) for i in positions]
+        subset = data.subset(chosen) if hasattr(data, "subset") else Subset(data, chosen)
+        loader = loader_of(subset, num_workers=num_workers, batch_size=batch_size)
         for batch in loader:
             images = batch[0].to(device)
             images = images.to(dtype) if images.is_floating_point() else images

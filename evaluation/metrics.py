@@ -25,8 +25,10 @@ from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.figures import task_matrix_figure
 from avalanche_firn.evaluation.matrix import ResultMatrix
+from avalanche_firn.evaluation.predictions import best_columns
 
 Emitted = list[MetricValue] | None
+_TOGETHER = 256  # batches whose hits are added up at once
 
 
 def _length(stream: Any) -> int | None:
@@ -85,6 +87,8 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         self._current: int | None = None
         self._last: dict[str, tuple[int, float]] = {}
         self._correct: Tensor | None = None
+        self._found: list[Tensor] = []  # right or not, per batch
+        self._followed = False  # whether the experience belongs to the stream
         self._total = 0
         self._evaluated: dict[int, tuple[int, int]] = {}
         self._eval_stream: Any = None
@@ -115,29 +119,39 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         return None
 
     def before_eval_exp(self, strategy: Any) -> Emitted:
-        self._correct, self._total = None, 0
+        self._correct, self._total, self._found = None, 0, []
+        self._followed = strategy.experience.origin_stream.name == self.stream
         return None
 
     def after_eval_iteration(self, strategy: Any) -> Emitted:
-        if strategy.experience.origin_stream.name != self.stream:
+        if not self._followed:
             return None
         output, target = strategy.mb_output, strategy.mb_y
         if not isinstance(output, Tensor) or output.ndim != 2:
             kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"mb_output: got {kind}; accepted are logits of shape (B, max class id + 1)")
-        hits = self._hits(output, target).sum()
-        self._correct = hits if self._correct is None else self._correct + hits
+        self._found.append(self._hits(output, target))
         self._total += int(target.shape[0])
+        if len(self._found) >= _TOGETHER:
+            self._count()
         return None
+
+    def _count(self) -> None:
+        """Add up what was found right, on the device."""
+        if self._found:
+            hits = torch.cat(self._found).sum()
+            self._correct = hits if self._correct is None else self._correct + hits
+            self._found = []
 
     def _hits(self, output: Tensor, target: Tensor) -> Tensor:
         """(B,) bool: which rows of the logits (B, C) are right for the class ids (B,)."""
-        top, predicted = output.max(1)  # the maximum of a row with a NaN is NaN
-        return (predicted == target) & ~top.isnan()
+        top, predicted = best_columns(output)  # the maximum of a row with a NaN is NaN
+        return (predicted == target) & (top == top)
 
     def after_eval_exp(self, strategy: Any) -> Emitted:
         experience = strategy.experience
         if experience.origin_stream.name == self.stream:
+            self._count()
             correct = 0 if self._correct is None else int(self._correct.item())
             index = int(experience.current_experience)
             self._evaluated[index] = (correct, self._total)

@@ -88,12 +88,12 @@ def compare(
     if summary:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump(config))
-    runs = []
+    runs, images = [], dict[str, Any]()
     for number, planned in enumerate(plan, 1):
         if not planned.finished and not quiet:
             label = f"{planned.config.methods[0].name} seed {planned.config.seeds[0]}"
             say(f"[{number}/{len(plan)}] {label}")
-        runs.append(run(planned.config, planned.folder, quiet=quiet, say=say))
+        runs.append(run(planned.config, planned.folder, quiet=quiet, say=say, images=images))
     groups = tuple(group_runs(runs))
     target = folder / SUMMARY if summary else None
     if target is not None:

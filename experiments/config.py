@@ -31,6 +31,7 @@ from avalanche_firn.experiments.contrastive_sections import (
 from avalanche_firn.experiments.errors import ConfigError, Problem, problems_of, reject
 from avalanche_firn.experiments.lora_sections import ImportanceConfig, LoRAConfig, TapConfig, TaskInferenceConfig
 from avalanche_firn.experiments.method_section import MethodSection as _Method
+from avalanche_firn.experiments.performance_section import PerformanceConfig, changed_figures, performance_problems
 from avalanche_firn.experiments.probe_sections import LinearProbeStageConfig
 from avalanche_firn.experiments.schema_rules import (
     COSMETIC,
@@ -274,6 +275,9 @@ class Config(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="for every method")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="after each experience")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="exact resume")
+    performance: PerformanceConfig = Field(
+        default_factory=PerformanceConfig, description="how fast; few change figures"
+    )
     methods: list[MethodConfig] = Field(min_length=1, description="what is compared; a bare name means its defaults")
     progress: bool = Field(default=True, description="progress bars, where the output is a terminal")
 
@@ -301,9 +305,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _trainable(self) -> Config:
         problems: list[tuple[str, str, str]] = []
+        batch_sizes: list[int | None] = []
         for i, method in enumerate(self.methods):
+            batch_sizes.append(None)
             try:
-                self.training_of(method)
+                batch_sizes[i] = self.training_of(method).batch_size
             except ValidationError as error:
                 for problem in problems_of(error, TrainingConfig):
                     path = f"methods[{i}].training.{problem.path}"
@@ -320,6 +326,7 @@ class Config(Section):
                 transforms = getattr(self.stream, "transforms", "backbone")
                 problems += scr_problems(f"methods[{i}]", method.zapping, transforms)
             problems += self._zapping_problems(i, method)
+        problems += performance_problems(self.performance, self.methods, batch_sizes)
         if self.precision == "fp16" and self.device == "cpu":
             problems.append(("precision", "fp16 needs a CUDA device", "fp32 or bf16 with device: cpu"))
         reject(problems)
@@ -393,7 +400,10 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""
-        return {key: value for key, value in self.model_dump().items() if key not in COSMETIC}
+        values = self.model_dump()
+        changed = changed_figures(values["performance"])
+        kept = {key: value for key, value in values.items() if key not in COSMETIC}
+        return kept | ({"performance": changed} if changed else {})
 
     def digest(self, *, seeds: bool = True) -> str:
         """SHA-256 of :meth:`identity`, hexadecimal: runs with the same digest are the same experiment.

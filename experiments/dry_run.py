@@ -110,7 +110,7 @@ def dry_run(config: Config, *, data: bool = True) -> Iterator[str]:
         single = config.single(method.name, config.seeds[0])
         training = single.training_of(method).model_dump() | {"epochs": 1, "schedule": {}, "num_workers": 0}
         single = type(config).model_validate(
-            single.model_dump() | {"training": training, "methods": [method.brief().model_dump()]}
+            single.model_dump() | {"training": training, "methods": [_brief(method, config.performance.accumulate)]}
         )
         stream = _random_stream(plan, _shape(config, backbone), single.training.batch_size)
         if METHODS[method.strategy].joint:
@@ -127,6 +127,14 @@ def dry_run(config: Config, *, data: bool = True) -> Iterator[str]:
         strategy.eval(stream.test, num_workers=0)
         seconds = time.perf_counter() - start
         yield f"{method.name}: {steps} training steps and an evaluation in {seconds:.1f} s{_memory(device)}"
+
+
+def _brief(method: Any, accumulate: int) -> dict[str, Any]:
+    """The method as a dry run trains it, as plain values."""
+    values: dict[str, Any] = method.brief().model_dump()
+    if accumulate > 1 and values["zapping"] is not None:  # a zap per iteration is refused then
+        values["zapping"] = None if method.strategy == "lp_ft" else values["zapping"] | {"schedule": "experience"}
+    return values
 
 
 def _shape(config: Config, backbone: Backbone) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.export_formats import ExportError, FinalModel
 from avalanche_firn.experiments.methods import Ingredients, build_strategy
+from avalanche_firn.experiments.performance_section import changed_figures
 from avalanche_firn.experiments.recipe import load_experiment, parse
 from avalanche_firn.experiments.resources import build_backbone, stream_normalization
 from avalanche_firn.experiments.results import FILE, read_results
@@ -114,7 +115,9 @@ def _finished(folder: Path) -> tuple[Config, dict[str, Any]]:
     config = load_experiment(file)
     raw = parse(file.read_text(encoding="utf-8"), source=str(file))
     # as it was written, too: a later version of this package may have further keys
-    written = digest_of({key: value for key, value in raw.items() if key not in COSMETIC}, seeds=True)
+    changed = changed_figures(raw.get("performance") or {})
+    identity = {key: value for key, value in raw.items() if key not in COSMETIC}
+    written = digest_of(identity | ({"performance": changed} if changed else {}), seeds=True)
     if isinstance(config, TransferExperiment) or results["config_digest"] not in (written, config.digest()):
         raise ExportError(f"{file} isn't the configuration that {folder / FILE} was made with")
     return config, results

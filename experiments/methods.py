@@ -24,11 +24,13 @@ from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.contrastive_sections import AugmentationConfig
 from avalanche_firn.experiments.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
 from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.models.compilation import compile_backbone
 from avalanche_firn.models.contrastive import with_projection_head
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.lora import LoRAComposition, add_composed_lora
 from avalanche_firn.models.parts import FeatureClassifier
+from avalanche_firn.plugins.accumulation import GradientAccumulationPlugin
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
 from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
 from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
@@ -82,11 +84,12 @@ class Ingredients:
 
     def common(self, model: nn.Module) -> dict[str, Any]:
         """Arguments that every strategy takes."""
-        training = self.training
+        training, performance = self.training, self.config.performance
+        fused = {"auto": True if self.device.type == "cuda" else None, "on": True, "off": False}
         return {
             "model": model,
-            "optimizer": make_optimizer(training.optimizer, model),
-            "train_mb_size": training.batch_size,
+            "optimizer": make_optimizer(training.optimizer, model, fused=fused[performance.fused_optimizer]),
+            "train_mb_size": training.batch_size // performance.accumulate,
             "train_epochs": training.epochs,
             "eval_mb_size": training.eval_batch_size,
             "device": self.device,
@@ -98,22 +101,29 @@ class Ingredients:
         return make_schedule(self.training.schedule, self.training.epochs)
 
     def extra_plugins(self) -> list[SupervisedPlugin]:
-        """The run's plugins, with mixed precision and zaps where the configuration asks for them."""
-        precision, zapping = self.config.precision, self.method.zapping
+        """The run's plugins, with mixed precision, accumulation and zaps where the configuration asks for them."""
+        precision, zapping, steps = self.config.precision, self.method.zapping, self.config.performance.accumulate
         mixed: list[SupervisedPlugin] = [] if precision == "fp32" else [MixedPrecisionPlugin(precision)]
         zaps: list[SupervisedPlugin] = []
         if zapping is not None:
             zaps = [ZappingPlugin(**zapping.model_dump(), seed=self.config.seeds[0], log=True)]
-        return [*mixed, *zaps, *self.plugins]
+        parts: list[SupervisedPlugin] = [] if steps == 1 else [GradientAccumulationPlugin(steps)]
+        return [*mixed, *parts, *zaps, *self.plugins]
 
 
-def make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimizer of a configuration over all parameters; plugins take it as a template."""
+def make_optimizer(config: OptimizerConfig, model: nn.Module, *, fused: bool | None = None) -> Optimizer:
+    """The optimizer of a configuration over all parameters; plugins take it as a template.
+
+    Args:
+        config: kind and settings.
+        model: whose parameters.
+        fused: one kernel for all parameters of a step; None leaves it to torch, which then does without.
+    """
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
-        momentum = 0.9 if config.momentum is None else config.momentum
-        return SGD(model.parameters(), lr=config.lr, momentum=momentum, weight_decay=config.weight_decay)
+        return SGD(model.parameters(), momentum=0.9 if config.momentum is None else config.momentum, **settings)
     kind = Adam if config.name == "adam" else AdamW
-    return kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return kind(model.parameters(), **settings)
 
 
 def make_schedule(config: ScheduleConfig, epochs: int) -> SchedulerFactory | None:
@@ -333,4 +343,7 @@ METHODS: dict[str, Method] = {
 
 def build_strategy(parts: Ingredients) -> SupervisedTemplate:
     """The strategy of a run."""
-    return METHODS[parts.method.strategy].build(parts)
+    strategy = METHODS[parts.method.strategy].build(parts)
+    if parts.config.performance.compile:
+        compile_backbone(strategy.model)
+    return strategy

@@ -28,6 +28,9 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
     stateless = True
     """Nothing to save in a checkpoint."""
 
+    affects_results = False
+    """A run may be resumed with or without bars."""
+
     def __init__(self, *, label: str, tasks: int) -> None:
         super().__init__()
         self.label = label

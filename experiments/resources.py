@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from avalanche_firn.benchmarks.memory import hold_in_memory
 from avalanche_firn.benchmarks.streams import Stream
 from avalanche_firn.benchmarks.transforms import PRESET_NORMALIZATION
 from avalanche_firn.evaluation.representation import RepresentationProbe
@@ -21,6 +23,7 @@ from avalanche_firn.experiments.config import Config, LoRACIPCConfig, LoRAOnlyCo
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.methods import METHODS
+from avalanche_firn.experiments.progress import bars_wanted
 from avalanche_firn.experiments.stream_builders import as_config_error, build_stream
 from avalanche_firn.models.backbones import Backbone, load_backbone
 from avalanche_firn.models.feature_cache import FeatureCache
@@ -34,6 +37,7 @@ __all__ = [
     "build_stream",
     "check_lora",
     "evaluated_stream",
+    "hold_stream",
     "prepare",
     "refuse_repeated_classes",
     "refuse_small_memory",
@@ -61,6 +65,43 @@ def stream_normalization(config: Config, data_config: dict[str, Any]) -> tuple[S
     """Mean and deviation that the images of the stream were normalised with, of images in 0..1."""
     preset = getattr(config.stream, "transforms", "backbone")
     return PRESET_NORMALIZATION.get(preset, (data_config["mean"], data_config["std"]))
+
+
+def hold_stream(
+    config: Config,
+    stream: Stream,
+    device: torch.device,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    cache: dict[str, Any] | None = None,
+) -> tuple[Stream, dict[str, str]]:
+    """The stream with its images where ``performance.memory`` wants them, and where each part is read from.
+
+    Args:
+        folder: of the run; images that are mapped from a file lie beside its comparison's methods, in ``.images``.
+        cache: images that runs of the same process share.
+
+    Raises:
+        ConfigError: random transforms that can't be computed on the device, or no room for what they need.
+    """
+    section = config.performance
+    if section.memory == "off":
+        return stream, {}
+    limit = None if section.memory_gb is None else int(section.memory_gb * 2**30)
+    with as_config_error("performance"):
+        held, report = hold_in_memory(
+            stream,
+            # Avalanche's own loaders have workers, which can't read what lies on the device
+            device=device if section.memory in ("auto", "device") and section.fast_path else "cpu",
+            limit_bytes=0 if section.memory == "mapped" else limit,
+            folder=folder.parent.parent / ".images" if section.memory == "mapped" else None,
+            augmentation="device" if section.device_augmentation else "exact",
+            stored_edge=section.stored_edge,
+            quiet=not bars_wanted(config.progress, quiet),
+            cache=cache,
+        )
+    return held, report.parts
 
 
 def evaluated_stream(config: Config, stream: Stream) -> Any:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import TensorboardLogger
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_firn.benchmarks.streams import Stream
 from avalanche_firn.evaluation.contrastive_report import ContrastiveBound
+from avalanche_firn.evaluation.device_metrics import device_accuracy_metrics, device_loss_metrics
 from avalanche_firn.evaluation.drift import RepresentationDrift
 from avalanche_firn.evaluation.dynamics import TaskDynamics
 from avalanche_firn.evaluation.efficiency import Efficiency
@@ -48,6 +48,7 @@ from avalanche_firn.experiments.dynamics_results import (
 from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
 from avalanche_firn.experiments.lora_results import lora_curves, lora_protocol, lora_results
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
+from avalanche_firn.experiments.performance_section import FIGURES as PERFORMANCE
 from avalanche_firn.experiments.progress import ProgressPlugin, RunClock, bars_wanted
 from avalanche_firn.experiments.recipe import dump
 from avalanche_firn.experiments.resources import (
@@ -55,6 +56,7 @@ from avalanche_firn.experiments.resources import (
     build_probes,
     build_stream,
     evaluated_stream,
+    hold_stream,
     stream_normalization,
 )
 from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
@@ -62,6 +64,7 @@ from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files
+from avalanche_firn.plugins.fast_path import FastPathPlugin
 
 __all__ = ["run"]
 
@@ -102,8 +105,8 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     evaluator = EvaluationPlugin(
         *metrics,
         *extra,
-        accuracy_metrics(experience=True, stream=True),
-        loss_metrics(experience=True, stream=True),
+        *device_accuracy_metrics(),
+        *device_loss_metrics(),
         loggers=[board, table],
         collect_all=False,
     )
@@ -117,7 +120,12 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
 
 
 def run(
-    config: Config, folder: Path, *, quiet: bool = False, say: Callable[[str], None] | None = print
+    config: Config,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    say: Callable[[str], None] | None = print,
+    images: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one method with one seed in `folder`, or finish an interrupted run there; a finished one is only read.
 
@@ -126,6 +134,7 @@ def run(
         folder: of the run; made if needed. The caller has checked that it holds no other run.
         quiet: no progress bars and no line per experience.
         say: takes the line per experience; None for silence.
+        images: decoded ones, which runs with the same dictionary share.
 
     Returns:
         The content of ``results.json``.
@@ -143,6 +152,7 @@ def run(
     seed_everything(seed)
     backbone = build_backbone(config)
     stream = build_stream(config, backbone.data_config, seed)
+    stream, held = hold_stream(config, stream, device, folder, quiet=quiet, cache=images)
     evaluated = evaluated_stream(config, stream)
     continual = stream
     if METHODS[method.strategy].joint:
@@ -163,11 +173,11 @@ def run(
         fingerprint=f"{config.digest()} {stream.fingerprint} {backbone.weights_sha256}",
         append_only=grown,
     )
-    _record_environment(folder, device, backbone, resumed=resumed)
+    _record_environment(folder, device, backbone, held, resumed=resumed)
     clock, cache = RunClock(), FeatureCache()
     try:
         with _recorder(config, folder, continual, evaluated, cache) as recorder:
-            plugins = [checkpoint]
+            plugins: list[SupervisedPlugin] = [*_fast_path(config), checkpoint]
             if bars_wanted(config.progress, quiet):
                 plugins.insert(0, ProgressPlugin(label=f"{method.name} seed {seed}", tasks=len(stream.train)))
             normalization = stream_normalization(config, backbone.data_config)
@@ -191,6 +201,19 @@ def run(
     return results
 
 
+def _fast_path(config: Config) -> list[SupervisedPlugin]:
+    section = config.performance
+    if not section.fast_path:
+        return []
+    return [
+        FastPathPlugin(
+            one_pass=section.one_pass_evaluation,
+            prefetch_factor=section.prefetch_factor,
+            persistent_workers=section.persistent_workers,
+        )
+    ]
+
+
 def _train(
     config: Config, strategy: SupervisedTemplate, checkpoint: ExactCheckpointPlugin, stream: Stream, evaluated: Any
 ) -> Iterator[int]:
@@ -207,10 +230,13 @@ def _train(
         yield index
 
 
-def _record_environment(folder: Path, device: torch.device, backbone: Backbone, *, resumed: bool) -> None:
+def _record_environment(
+    folder: Path, device: torch.device, backbone: Backbone, held: dict[str, str], *, resumed: bool
+) -> None:
     """Write environment.json; a resumed run keeps the first one and adds the one that it goes on in."""
     environment = describe_environment(device) | {
-        "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256}
+        "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256},
+        "images": held,
     }
     path = folder / "environment.json"
     if resumed and path.is_file():
@@ -289,6 +315,7 @@ def _results(
             **lora_protocol(config),
             **zapping_protocol(config),
         },
+        "performance": _performance(config, strategy),
         "figures": {name: curve[-1] for name, curve in curves.items()} | dynamics_figures(recorder.dynamics),
         "curves": curves,
         **_matrices(matrix),
@@ -304,6 +331,12 @@ def _results(
         "diverged": not all(bool(p.isfinite().all()) for p in strategy.model.parameters()),
         "cost": _cost(recorder.efficiency, strategy, seconds),
     }
+
+
+def _performance(config: Config, strategy: SupervisedTemplate) -> dict[str, Any]:
+    """What was in use of the things that may change figures."""
+    asked = config.performance.model_dump(include=set(PERFORMANCE))
+    return asked | {"fused_optimizer": bool(strategy.optimizer.defaults.get("fused"))}
 
 
 def _cost(efficiency: Efficiency, strategy: SupervisedTemplate, seconds: float) -> dict[str, Any]:

@@ -15,8 +15,9 @@ __all__ = ["COSMETIC", "LABEL", "LABEL_HELP", "check_labels", "check_seeds", "di
 
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LABEL_HELP: JsonDict = {"accepted": "letters, digits, points, dashes and underscores"}
-COSMETIC = ("name", "description", "benchmark", "cost", "targets", "output", "progress", "checkpoint")
-"""Not part of a run's identity: what is said about it, where it is written, how it is shown, how often it is stored."""
+COSMETIC = ("name", "description", "benchmark", "cost", "targets", "output", "progress", "checkpoint", "performance")
+"""Not part of a run's identity: what is said about it, where it is written, how it is shown, how often it is stored,
+how fast it is (what of ``performance`` may change figures is part of it nevertheless, see the section)."""
 _RESERVED = ("summary",)
 
 

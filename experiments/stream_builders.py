@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms import Compose
 
 from avalanche_firn.benchmarks import classic
 from avalanche_firn.benchmarks.cars196 import cars196_stream
 from avalanche_firn.benchmarks.cub200 import cub200_stream
+from avalanche_firn.benchmarks.device_transforms import AsRGB
 from avalanche_firn.benchmarks.digits import digits_stream
 from avalanche_firn.benchmarks.domainnet import domainnet_domain_stream, domainnet_stream
 from avalanche_firn.benchmarks.domains import domain_folder_stream
@@ -193,7 +193,11 @@ def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: i
         if section.benchmark == "RotatedMNIST" and "n_experiences" in arguments and "rotations_list" not in arguments:
             arguments["rotations_list"] = rotation_angles(arguments["n_experiences"], arguments.get("seed", seed))
         if pair is not None:
-            arguments |= {"train_transform": _RGB(pair.train), "eval_transform": _RGB(pair.eval)}
+            # Avalanche's data sets have grey images too, and its MNIST tensors
+            arguments |= {
+                "train_transform": Compose([AsRGB(), pair.train]),
+                "eval_transform": Compose([AsRGB(), pair.eval]),
+            }
     return classic.avalanche_stream(
         section.benchmark,
         validation_fraction=section.validation_fraction,
@@ -201,15 +205,3 @@ def _classic(section: AvalancheStreamConfig, pair: TransformPair | None, seed: i
         first_experiences=section.first_experiences,
         **arguments,
     )
-
-
-class _RGB:
-    """A transform of RGB images that also takes grey ones and, from Avalanche's MNIST, tensors (C, H, W) in 0..1."""
-
-    def __init__(self, transform: Callable[[Any], Any]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Any) -> Any:
-        if isinstance(image, torch.Tensor):
-            image = to_pil_image((image * 255).round().to(torch.uint8) if image.is_floating_point() else image)
-        return self.transform(image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image)

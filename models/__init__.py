@@ -1,6 +1,7 @@
 """Backbones (timm), heads, a projector, LoRA layers, how a model splits into the two, and linear probes on features."""
 
 from avalanche_firn.models.backbones import Backbone, WeightsError, list_backbones, load_backbone, renew_final_norm
+from avalanche_firn.models.compilation import compile_backbone
 from avalanche_firn.models.contrastive import ContrastiveClassifier, with_projection_head
 from avalanche_firn.models.convnets import DigitConvNet, InstanceNormConvNet, ProjectionHead
 from avalanche_firn.models.feature_cache import FeatureCache
@@ -41,6 +42,7 @@ __all__ = [
     "TaskwiseLinearHead",
     "WeightsError",
     "add_composed_lora",
+    "compile_backbone",
     "compose_delta",
     "evaluation_mode",
     "extract_features",

@@ -125,7 +125,9 @@ class TaskwiseLinearHead(DynamicModule):
     def _column_logits(self, features: Tensor) -> Tensor:
         if self.num_tasks == 0:
             return features.new_zeros(features.shape[0], 0)
-        weight, bias = torch.cat(list(self.weights)), torch.cat(list(self.biases))
+        # not by iteration: a ParameterList looks its entries up by name, which takes longer than the product
+        weights, biases = (list(layers._parameters.values()) for layers in (self.weights, self.biases))
+        weight, bias = torch.cat(weights), torch.cat(biases)  # type: ignore[arg-type]
         if self._scaled:
             weight = weight * self.input_scales[self.class_task][:, None]
         return F.linear(features, weight, bias)

@@ -17,7 +17,6 @@ import torch
 from avalanche.models.utils import avalanche_forward
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from avalanche_firn.models.heads import TaskwiseLinearHead
 
@@ -200,6 +199,8 @@ def extract_features(
     With ``bn="eval"`` the global random generators are not touched, so the order of later batches does not depend on
     this call (training modes may draw dropout masks).
     """
+    from avalanche_firn.benchmarks.batches import loader_of  # here: loading the package of streams takes seconds
+
     if len(dataset) == 0:
         raise ValueError("the data set is empty; features need at least one sample")
     if bn not in get_args(BatchNormMode):
@@ -207,13 +208,8 @@ def extract_features(
     parts = find_parts(model, head_name)
     captured: list[Tensor] = []
     handle = parts.head.register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=getattr(dataset, "collate_fn", None),
-        generator=torch.Generator(),  # else the loader draws its seed from the global generator
-    )
+    # the private generator: else the loader draws its seed from the global one
+    loader = loader_of(dataset, num_workers=num_workers, batch_size=batch_size, generator=torch.Generator())
     features, targets = [], []
     try:
         with evaluation_mode(model):

@@ -1,5 +1,6 @@
 """Plugins for any Avalanche SGD strategy, and the functions that they are made of."""
 
+from avalanche_firn.plugins.accumulation import GradientAccumulationPlugin
 from avalanche_firn.plugins.avalanche_state import ResumableEWCPlugin, ResumableLwFPlugin
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.class_statistics import ClassGaussians
@@ -19,6 +20,7 @@ from avalanche_firn.plugins.contrastive_distillation import (
     relation_distillation,
 )
 from avalanche_firn.plugins.critical_parameters import ImportanceTracker, ImportantParameterPlugin, select_critical
+from avalanche_firn.plugins.fast_path import FastPathPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.losses import (
@@ -45,7 +47,9 @@ __all__ = [
     "ClusterGaussians",
     "ContrastiveDistillationPlugin",
     "ExactCheckpointPlugin",
+    "FastPathPlugin",
     "FreshOptimizerPlugin",
+    "GradientAccumulationPlugin",
     "ImportanceTracker",
     "ImportantParameterPlugin",
     "LinearProbePlugin",

@@ -30,6 +30,7 @@ from avalanche.training.plugins import EWCPlugin, LwFPlugin
 from avalanche.training.regularization import LearningWithoutForgetting
 from avalanche.training.utils import ParamData
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from avalanche_firn.plugins.experience_classes import experience_classes
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
@@ -105,11 +106,21 @@ class ResumableEWCPlugin(EWCPlugin):
 
 # -------------------------------------------------------------------------- LwF
 class _Distillation(LearningWithoutForgetting):
-    """Avalanche's loss, in float32 whatever the networks gave."""
+    """Avalanche's loss, in float32 whatever the networks gave, and without a copy to the device in every step."""
+
+    def __init__(self, alpha: float, temperature: float) -> None:
+        super().__init__(alpha, temperature)
+        self._units: tuple[list[int], Tensor] = ([], torch.empty(0))
 
     def _distillation_loss(self, out: Tensor, prev_out: Tensor, active_units: Any) -> Tensor:
+        units = list(active_units)
+        if self._units[0] != units or self._units[1].device != out.device:
+            self._units = (units, torch.tensor(units, device=out.device))
+        index = self._units[1]
         with torch.autocast(out.device.type, enabled=False):
-            return super()._distillation_loss(_full(out), _full(prev_out), active_units)  # type: ignore[no-any-return]
+            log_p = F.log_softmax(_full(out)[:, index] / self.temperature, dim=1)
+            q = F.softmax(_full(prev_out)[:, index] / self.temperature, dim=1)
+            return F.kl_div(log_p, q, reduction="batchmean")
 
 
 class ResumableLwFPlugin(LwFPlugin):

@@ -16,7 +16,8 @@ they were; then model, optimizer, plugins, metrics, clock and random generators 
 depend on the task takes it from ``strategy.clock`` or the experience, which are right then. Run the script as before.
 
 Cost: about 6 microseconds per iteration, and per save the bytes of model, optimizer and plugins, written and hashed.
-Not covered: distributed training, gradients carried over several iterations, loggers with a memory of their own.
+Gradients that are accumulated over mini-batches are not saved: a checkpoint waits for the step that they are for. Not
+covered: distributed training, gradients carried over in other ways, loggers with a memory of their own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from avalanche.distributed.distributed_helper import DistributedHelper
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 
+from avalanche_firn.plugins.accumulation import inside_group
 from avalanche_firn.plugins.checkpoint_files import (
     CheckpointError,
     checkpoints,
@@ -268,7 +270,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
                 yield batch
                 # after the last batch comes the end of the epoch, whose hooks may look at what that batch left behind
                 last = self._replay.used >= length or strategy._stop_training
-                if not last and clock.train_iterations >= self._next_save:
+                if not last and clock.train_iterations >= self._next_save and not inside_group(strategy):
                     self._save("inside")
         finally:
             self._replay.release()

@@ -22,9 +22,10 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import WeightedRandomSampler
 
 from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation
+from avalanche_firn.benchmarks.batches import loader_of
 from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.models.linear_rows import linear_rows
 from avalanche_firn.models.parts import ModelParts, evaluation_mode, find_parts
@@ -198,7 +199,7 @@ class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # ty
     def _augmented(
         self, strategy: Any, parts: ModelParts, data: RehearsalSet, sampler: WeightedRandomSampler
     ) -> Callable[[], Any]:
-        loader = DataLoader(data, self.batch_size, sampler=sampler, num_workers=self.num_workers)
+        loader = loader_of(data, num_workers=self.num_workers, batch_size=self.batch_size, sampler=sampler)
 
         def epoch() -> Any:
             for batch in loader:
@@ -210,7 +211,7 @@ class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         self, strategy: Any, parts: ModelParts, data: RehearsalSet, sampler: WeightedRandomSampler
     ) -> Callable[[], Any]:
         """Features once; the draws of each epoch pick from them."""
-        loader = DataLoader(data, strategy.eval_mb_size, num_workers=self.num_workers)
+        loader = loader_of(data, num_workers=self.num_workers, batch_size=strategy.eval_mb_size)
         found = [(self._features(strategy, parts, batch[0], plain=True), batch[1]) for batch in loader]
         features = torch.cat([f for f, _ in found])
         targets = torch.cat([t for _, t in found]).to(strategy.device)

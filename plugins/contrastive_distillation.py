@@ -193,7 +193,8 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
                 f"the images of a batch are {tuple(self._views.shape)}; two views (N, 2, C, H, W) are accepted: give "
                 "augmentation=..., or a transform that stacks two views"
             )
-        tagged = isinstance(getattr(self._loader, "dataset", None), RehearsalSet)
+        source = getattr(self._loader, "dataset", None)
+        tagged = isinstance(getattr(source, "source", source), RehearsalSet)
         self._origins = strategy.mbatch[2] if tagged else None
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:

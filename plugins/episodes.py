@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+
+from avalanche_firn.benchmarks.batches import loader_of
 
 __all__ = ["EpisodeLoader", "EpisodeSampler", "draw_episode"]
 
@@ -103,17 +104,10 @@ class EpisodeLoader:
         self.sampler = sampler
         self.class_id = -1
         """Class of the sequence in the newest batch."""
-        collate = getattr(dataset, "collate_fn", None)
         self.num_workers = int(options.get("num_workers", 0))
         # DataLoader draws a seed for workers even without any
         generator = None if self.num_workers else torch.Generator()
-        self._batches = DataLoader(
-            dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=collate,
-            generator=generator,
-            **options,
-        )
+        self._batches = loader_of(dataset, batch_sampler=sampler, generator=generator, **options)
 
     def __len__(self) -> int:
         return len(self.sampler)

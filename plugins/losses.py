@@ -64,12 +64,14 @@ class _LocalCriterion(SupervisedPlugin, supports_distributed=True):  # type: ign
             raise ValueError(f"outside is {outside!r}; 'error' or 'ignore' is accepted")
         self.outside = outside
         self._classes: Tensor | None = None
+        self._stretch: tuple[int, int] | None = None
+        self._table = torch.empty(0)
         self._evaluating = False
         self._check_batch = False
         self._stray: Tensor | None = None
 
-    def local_loss(self, logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
-        """Training loss: ``logits (B, W)`` by class id, ``targets (B,)``, sorted ``classes (K,)`` -> scalar."""
+    def local_loss(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Training loss: logits of the experience's classes ``(B, K)``, positions in them ``(B,)``, -100 for others."""
         raise NotImplementedError
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
@@ -78,6 +80,12 @@ class _LocalCriterion(SupervisedPlugin, supports_distributed=True):  # type: ign
         if not classes:
             raise ValueError("the experience has no classes; local cross-entropy needs at least one")
         self._classes = torch.tensor(classes, device=strategy.device)
+        # neighbouring columns are a view, which costs nothing forward and little backward
+        self._stretch = (classes[0], classes[-1] + 1) if classes == list(range(classes[0], classes[-1] + 1)) else None
+        # a look-up, with a last entry for every id that is no class of the experience
+        table = torch.full((classes[-1] + 2,), -100)
+        table[classes] = torch.arange(len(classes))
+        self._table = table.to(strategy.device)
         self._evaluating = False  # an evaluation may have broken off
         self._stray = torch.zeros((), dtype=torch.long, device=strategy.device)
         self._check_batch = self.outside == "error"
@@ -99,13 +107,18 @@ class _LocalCriterion(SupervisedPlugin, supports_distributed=True):  # type: ign
         """``logits (B, W)`` by class id, ``targets (B,)`` -> scalar loss in nats."""
         if self._evaluating or self._classes is None:
             return F.cross_entropy(_at_least_float32(logits), targets)
+        positions = self._table[targets.clamp(-1, len(self._table) - 1)]
         if self.outside == "error":
             assert self._stray is not None
-            self._stray += (~torch.isin(targets, self._classes)).sum()
+            self._stray += (positions < 0).sum()
             if self._check_batch:
                 self._check_batch = False
                 self._raise_if_stray()
-        return self.local_loss(logits, targets, self._classes)
+        if self._stretch is None or logits.shape[1] < self._stretch[1]:  # too few columns are an error, no shorter view
+            own = logits.index_select(1, self._classes)
+        else:
+            own = logits[:, self._stretch[0] : self._stretch[1]]
+        return self.local_loss(_at_least_float32(own), positions)
 
     def _raise_if_stray(self) -> None:
         count = 0 if self._stray is None else int(self._stray)
@@ -128,9 +141,9 @@ class LocalCrossEntropy(_LocalCriterion, supports_distributed=True):  # type: ig
         otherwise). ``"ignore"``: such rows do not count, as in SLCA's released code.
     """
 
-    def local_loss(self, logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
-        """:func:`local_cross_entropy`."""
-        return local_cross_entropy(logits, targets, classes)
+    def local_loss(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """As :func:`local_cross_entropy`."""
+        return F.cross_entropy(logits, positions)
 
 
 class LocalSymmetricCrossEntropy(_LocalCriterion, supports_distributed=True):  # type: ignore[call-arg]
@@ -152,9 +165,9 @@ class LocalSymmetricCrossEntropy(_LocalCriterion, supports_distributed=True):  #
         self.alpha = alpha
         self.beta = beta
 
-    def local_loss(self, logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
-        """:func:`local_symmetric_cross_entropy`."""
-        return local_symmetric_cross_entropy(logits, targets, classes, self.alpha, self.beta)
+    def local_loss(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """As :func:`local_symmetric_cross_entropy`."""
+        return symmetric_cross_entropy(logits, positions, self.alpha, self.beta)
 
 
 __all__ = [

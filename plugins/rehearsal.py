@@ -26,6 +26,7 @@ from avalanche.training.storage_policy import ClassBalancedBuffer, ReservoirSamp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from avalanche_firn.benchmarks.batches import JoinedBatches, WholeBatches, batched
 from avalanche_firn.benchmarks.streams import avalanche_dataset, full_stream
 from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 
@@ -41,7 +42,8 @@ class RehearsalSet(Dataset[tuple[Any, ...]]):
 
     def __init__(self, parts: Sequence[tuple[Any, Sequence[int], int]]) -> None:
         self.datasets = [dataset for dataset, _, _ in parts]
-        self.places = [(i, int(p)) for i, (_, positions, _) in enumerate(parts) for p in positions]
+        self._positions = [[int(p) for p in positions] for _, positions, _ in parts]
+        self.places = [(i, p) for i, positions in enumerate(self._positions) for p in positions]
         self.parts = [origin for _, _, origin in parts]
         labels = [list(dataset.targets) for dataset in self.datasets]
         self.targets = [int(labels[i][p]) for i, p in self.places]
@@ -54,6 +56,12 @@ class RehearsalSet(Dataset[tuple[Any, ...]]):
         part, position = self.places[index]
         sample = self.datasets[part][position]
         return (sample[0], sample[1], self.parts[part], *sample[2:])
+
+    def as_batches(self) -> WholeBatches | None:
+        """Whole batches, where all data sets are in memory (:mod:`avalanche_firn.benchmarks.batches`)."""
+        found = [batched(dataset.subset(rows)) for dataset, rows in zip(self.datasets, self._positions, strict=True)]
+        whole = [part for part in found if part is not None]
+        return JoinedBatches(whole, self.parts) if whole and len(whole) == len(found) else None
 
 
 class RehearsalPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]

@@ -76,7 +76,7 @@ def structure(strategy: Any) -> dict[str, Any]:
     named = isinstance(criterion, (types.FunctionType, types.BuiltinFunctionType))
     return {
         "strategy": class_name(strategy),
-        "plugins": [class_name(p) for p in strategy.plugins],
+        "plugins": [class_name(p) for p in strategy.plugins if _matters(p)],
         "criterion": criterion.__qualname__ if named else class_name(criterion),
         "optimizer": class_name(strategy.optimizer),
         "metrics": [class_name(m) for m in strategy.evaluator.metrics],
@@ -184,7 +184,13 @@ def verify_plugins(strategy: Any, state: dict[str, Any]) -> None:
 # ---------------------------------------------- plugins, criterion, evaluator
 def _stateful(strategy: Any) -> list[Any]:
     """Plugins that are saved as such; evaluator, clock and periodic evaluation are saved on their own."""
-    return [p for p in strategy.plugins if not isinstance(p, (EvaluationPlugin, PeriodicEval, Clock))]
+    apart = (EvaluationPlugin, PeriodicEval, Clock)
+    return [p for p in strategy.plugins if _matters(p) and not isinstance(p, apart)]
+
+
+def _matters(plugin: Any) -> bool:
+    """Not a progress bar or the like, which a run may be resumed with or without."""
+    return getattr(plugin, "affects_results", True) is not False
 
 
 def _periodic(strategy: Any) -> list[PeriodicEval]:
@@ -265,7 +271,7 @@ def _template_attributes(strategy: Any) -> set[str]:
 def _known(strategy: Any) -> dict[str, Any]:
     """Objects that others may refer to, by name: their own state is saved in its place."""
     known = {"strategy": strategy, "evaluator": strategy.evaluator, "clock": strategy.clock, "model": strategy.model}
-    known |= {f"plugin {i}": p for i, p in enumerate(strategy.plugins)}
+    known |= {f"plugin {i}": p for i, p in enumerate(filter(_matters, strategy.plugins))}
     known |= {f"model.{n}": m for n, m in strategy.model.named_modules() if n}
     known |= {f"parameter {n}": p for n, p in strategy.model.named_parameters()}
     return known | {f"buffer {n}": b for n, b in strategy.model.named_buffers()}

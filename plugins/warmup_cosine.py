@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from avalanche.training.plugins import SupervisedPlugin
 
+from avalanche_firn.plugins.accumulation import accumulation_steps, updates_done, updates_in
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 
 
@@ -81,7 +82,7 @@ class WarmupCosinePlugin(SupervisedPlugin, supports_distributed=False):  # type:
         self._later: int | None = None  # epochs of all experiences but the first
         self._epochs = 0  # of the current experience
         self._warm = 0  # of which warm up
-        self._iterations = 0  # of an epoch
+        self._iterations = 0  # optimizer steps of an epoch
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check once that nobody else sets rates."""
@@ -97,7 +98,8 @@ class WarmupCosinePlugin(SupervisedPlugin, supports_distributed=False):  # type:
         assert self._later is not None
         first = strategy.clock.train_exp_counter == 0 and self.first_epochs is not None
         self._epochs = int(self.first_epochs if first else self._later)  # type: ignore[arg-type]
-        wanted = strategy.train_mb_size > 256 if self.warmup is None else self.warmup
+        batch = strategy.train_mb_size * accumulation_steps(strategy)
+        wanted = batch > 256 if self.warmup is None else self.warmup
         self._warm = self.warmup_epochs if wanted else 0
         if self._warm and self._warm >= min(self._epochs, self._later):
             least = min(self._epochs, self._later)
@@ -106,7 +108,7 @@ class WarmupCosinePlugin(SupervisedPlugin, supports_distributed=False):  # type:
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """The rate of the epoch."""
-        self._iterations = len(strategy.dataloader)
+        self._iterations = updates_in(strategy, len(strategy.dataloader))
         self._set(strategy, cosine_rate(self._base(strategy), self._epoch(strategy), self._epochs, self.final))
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
@@ -116,7 +118,7 @@ class WarmupCosinePlugin(SupervisedPlugin, supports_distributed=False):  # type:
         assert self._later is not None
         epochs = self._later if self.warmup_target == "reference" else self._epochs
         end = cosine_rate(self._base(strategy), self._warm, epochs, self.final)
-        done = strategy.clock.train_exp_iterations
+        done = updates_done(strategy)
         self._set(strategy, warmup_rate(self.warmup_from, end, done, self._warm * self._iterations))
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:

@@ -31,8 +31,9 @@ from avalanche.training.supervised import DER
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
+from avalanche_firn.benchmarks.batches import WholeBatches, batched, loader_of
 from avalanche_firn.models.parts import evaluation_mode
 from avalanche_firn.plugins.avalanche_state import autocast_of
 from avalanche_firn.plugins.placed_buffer import PlacedBuffer
@@ -153,6 +154,7 @@ class ResumableDER(DER):
         if self.is_training and self._replaying:
             inputs, targets, rows, *others = self.mbatch
             self.mbatch = [inputs, targets, *others]
+            rows = rows.cpu()  # where the logits are; waits for the device where the images lie there
             self.batch_logits = self.storage_policy.logits[rows[rows >= 0]].to(self.device, non_blocking=True)
         super()._unpack_minibatch()
 
@@ -194,7 +196,7 @@ def logit_distance(output: Tensor, stored: Tensor) -> Tensor:
 def _outputs(strategy: Any, data: Any, num_workers: int) -> Tensor:
     """Logits of a data set ``(N, C)`` on the CPU, 0 where there is no class; no global generator is touched."""
     size = strategy.eval_mb_size or strategy.train_mb_size
-    loader = DataLoader(data, size, num_workers=num_workers, generator=torch.Generator())
+    loader = loader_of(data, num_workers=num_workers, batch_size=size, generator=torch.Generator())
     found = []
     with evaluation_mode(strategy.model), autocast_of(strategy):
         for batch in loader:
@@ -218,6 +220,27 @@ class _Numbered(Dataset[tuple[Any, ...]]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         inputs, targets, *others = self.data[index]
         return (inputs, targets, index if self.stored else -1, *others)
+
+    def as_batches(self) -> WholeBatches | None:
+        """Whole batches, where the data is in memory (:mod:`avalanche_firn.benchmarks.batches`)."""
+        data = batched(self.data)
+        return None if data is None else _NumberedBatches(data, self.stored)
+
+
+class _NumberedBatches:
+    def __init__(self, data: WholeBatches, stored: bool) -> None:
+        self.data, self.stored, self.device = data, stored, data.device
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def fetch(self, positions: Tensor) -> list[Tensor]:
+        inputs, targets, *others = self.data.fetch(positions)
+        rows = positions.to(self.device) if self.stored else torch.full_like(targets, -1)
+        return [inputs, targets, rows, *others]
+
+    def slice(self, start: int, stop: int) -> list[Tensor]:
+        return self.fetch(torch.arange(start, stop, device=self.device))
 
 
 __all__ = ["LogitBuffer", "ResumableDER", "logit_distance"]

@@ -29,8 +29,8 @@ from avalanche.training.supervised import SCR
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
+from avalanche_firn.benchmarks.batches import loader_of
 from avalanche_firn.plugins.avalanche_state import autocast_of
 from avalanche_firn.plugins.placed_buffer import ResumableReplayPlugin, indexable_stream
 
@@ -111,7 +111,7 @@ class ResumableSCR(SCR):
         buffer = self.replay_plugin.storage_policy
         data = buffer.dataset(indexable_stream(self.experience), evaluation=True)
         size = self.eval_mb_size or self.train_mb_size
-        loader = DataLoader(data, size, num_workers=self._workers, generator=torch.Generator())
+        loader = loader_of(data, num_workers=self._workers, batch_size=size, generator=torch.Generator())
         classes = buffer.labels.unique()
         ids, sums = classes.to(self.device)[:, None], torch.zeros((), device=self.device)
         for images, targets, *_ in loader:

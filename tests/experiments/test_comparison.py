@@ -115,6 +115,9 @@ def test_results(finished: Path) -> None:
         "joint": False, "evaluated": "", "forgetting": "", "task_inference": False, "batchwise_vote": False,
         "official_k_gate": False, "zapping": None,
     }  # fmt: skip
+    assert found["performance"] == {
+        "device_augmentation": False, "stored_edge": None, "compile": False, "fused_optimizer": False, "accumulate": 1,
+    }  # fmt: skip
     from avalanche_firn.benchmarks.streams import class_order
 
     assert tuple(found["stream"]["class_order"]) == class_order(4, 0)
@@ -129,6 +132,7 @@ def test_results(finished: Path) -> None:
 
 def test_environment(finished: Path) -> None:
     found = json.loads((finished / "slca" / "seed-0" / "environment.json").read_text())
+    assert found["images"] and set(found["images"].values()) <= {"cpu", "files"}
     run = json.loads((finished / "slca" / "seed-0" / "results.json").read_text())
     assert found["packages"]["torch"] and found["device"]["type"] == "cpu"
     assert found["backbone"]["weights_sha256"] == run["backbone"]["weights_sha256"]

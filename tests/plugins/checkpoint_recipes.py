@@ -45,6 +45,7 @@ from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugi
 from avalanche_firn.plugins.classifier_stage import ClassifierStagePlugin
 from avalanche_firn.plugins.contrastive_distillation import ContrastiveDistillationPlugin
 from avalanche_firn.plugins.critical_parameters import ImportantParameterPlugin
+from avalanche_firn.plugins.fast_path import FastPathPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
@@ -553,6 +554,23 @@ def avalanche_replay(plugins, loggers=()):
     return grown([own], plugins, loggers), stream(Noisy), {"eval_streams": []}
 
 
+def fast_slca(plugins, loggers=()):
+    """Whole batches from memory, cached hooks, evaluations in one pass."""
+    return slca([MixedPrecisionPlugin("bf16"), FastPathPlugin(), *plugins], loggers, eval_every=1)
+
+
+def fast_replay(plugins, loggers=()):
+    """Two data sets in memory side by side; the buffer is shuffled again in the middle of an epoch."""
+    own = [ResumableReplayPlugin(12, batch_size_mem=8), FastPathPlugin()]
+    return grown(own, plugins, loggers), stream(), {"eval_streams": []}
+
+
+def fast_lasting_workers(plugins, loggers=()):
+    """Workers that live through the epochs, and whose draws depend on the batch alone."""
+    settings = {"eval_streams": [], "num_workers": 2}
+    return sgd(mlp(), [FastPathPlugin(), *plugins], loggers, train_epochs=3), stream(Noisy), settings
+
+
 def noisy_view(x):
     return x + 0.05 * (torch.rand(()) + random.random() + np.random.rand()).float()
 
@@ -597,6 +615,7 @@ RECIPES = [
     cila, cila_task, cila_final_model, cila_domains, lorac_ipc, slca_plus_plus,
     asb, asb_evaluated, meta_asb, episodes_lasting_workers, zapped_iid, zapped_iid_reference,
     ewc_online, lwf, avalanche_replay, replay_domains, der, der_bf16, scr,
+    fast_slca, fast_replay, fast_lasting_workers,
 ]  # fmt: skip
 
 

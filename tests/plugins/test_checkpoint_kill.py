@@ -279,6 +279,8 @@ def test_the_run_covers_what_is_to_be_killed(references):
         ("der", 2),
         ("scr", 2),
         ("avalanche_replay", 2),
+        ("fast_slca", 3),
+        ("fast_replay", 2),
         pytest.param("slca_evaluated", 200, marks=pytest.mark.slow),
         *(
             pytest.param(f"cila{name}", 60, marks=pytest.mark.slow)

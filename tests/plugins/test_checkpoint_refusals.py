@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from avalanche_firn.plugins import checkpoint_files
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import CheckpointError, checkpoints
+from avalanche_firn.plugins.fast_path import FastPathPlugin
 
 sys.path.append(str(Path(__file__).parent))
 from checkpoint_recipes import (
@@ -341,3 +342,17 @@ def test_files_that_only_grow(tmp_path):
 def test_event_files_without_a_pattern_are_reported(tmp_path):
     with pytest.warns(RuntimeWarning, match="no pattern of append_only covers"):
         play(naive_adam, tmp_path / "checkpoint", loggers=lambda: [TensorboardLogger(tmp_path)], every=0)
+
+
+def test_a_plugin_without_influence_may_come_and_go(tmp_path):
+    """Bars and the fast path are no part of a run: it resumes with or without them."""
+    torch.manual_seed(0)
+    reference = play(slca, tmp_path / "whole")
+
+    def with_bars(plugins, loggers=()):
+        return slca([FastPathPlugin(one_pass=False), *plugins], loggers)
+
+    crash(with_bars, tmp_path / "cut", "before_backward", 14)
+    assert_same(play(slca, tmp_path / "cut", seed=99), reference)
+    crash(slca, tmp_path / "again", "before_backward", 14)
+    assert_same(play(with_bars, tmp_path / "again", seed=99), reference)
