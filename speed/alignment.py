@@ -1,6 +1,6 @@
 """Time, accuracy and memory of the whole alignment stage of SLCA, against the public code's way of sampling.
 
-    python speed/alignment.py            # 100 classes x 768 features, about five minutes on two cores
+    python speed/alignment.py            # 200 classes x 768 features, about ten minutes on two cores
     python speed/alignment.py --quick    # a small size, seconds, nothing recorded
 
 Per case (samples a class, form of the factor) one run measures, interleaved:
@@ -16,6 +16,8 @@ Per case (samples a class, form of the factor) one run measures, interleaved:
 plain training loop on rows that are built from the definitions with the same normals. ``deviation_from_baseline``
 (cholesky only, where both consume the generator alike) is against the float32 baseline itself.
 
+``growth``: by how much the resident memory of a fresh process rises in one epoch of each (Linux), statistics made.
+
 Times are medians over the rounds, ``over_floor`` the median of the ratios of neighbouring runs. Run it on an idle
 machine: with every core busy, short parallel operations wait for each other and all times grow many times over.
 """
@@ -28,8 +30,9 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,6 +248,32 @@ def measure(p: Problem, forms: tuple[str, ...], rounds: int, bar: tqdm) -> list[
     return [case.result(baseline_s, theirs, moments) for case in cases]
 
 
+def one_epoch(way: str, classes: int, size: int, tasks: int, samples: int, form: str) -> Callable[[], Any]:
+    """One epoch of ``ours`` or of the ``baseline``, its statistics made before."""
+    global EPOCHS
+    EPOCHS = 1
+    p = problem(classes, samples, size, tasks)
+    if way == "baseline":
+        moments = [class_statistics(rows, JITTER) for rows in p.features]
+        return lambda: baseline(p, moments)
+    gaussians = ClassGaussians(form, JITTER)
+    for class_id, rows in enumerate(p.features):
+        gaussians.add(class_id, rows)
+    return lambda: ours(p, gaussians)
+
+
+def growth(result: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
+    """Peak growth of both, MiB, and their ratio."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from speed.memory import peak_memory
+
+    size = {"classes": setting["classes"], "size": setting["features"], "tasks": setting["tasks"]}
+    case = {**size, "samples": result["samples"], "form": result["form"]}
+    ours_MiB, baseline_MiB = (peak_memory("speed.alignment:one_epoch", way=way, **case) for way in ("ours", "baseline"))
+    ratio = ours_MiB / baseline_MiB if ours_MiB is not None and baseline_MiB else None
+    return {"growth_MiB": ours_MiB, "baseline_growth_MiB": baseline_MiB, "growth_ratio": ratio}
+
+
 def machine() -> dict[str, Any]:
     cpu, model = Path("/proc/cpuinfo"), platform.processor()
     if cpu.exists():
@@ -258,34 +287,41 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and record; returns what is recorded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="12 classes x 64 features, recorded nowhere")
+    parser.add_argument("--classes", type=int, default=200, help="classes, in tasks of 10 (default 200)")
+    parser.add_argument("--no-memory", action="store_true", help="measure no memory, which takes processes of its own")
     parser.add_argument("--rounds", type=int, default=6, help="runs of ours and of the floor per case")
     parser.add_argument("--threads", type=int, help="threads of PyTorch; default: its own choice")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to write")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    classes, size, tasks = (12, 64, 3) if options.quick else (100, 768, 10)
+    classes, size, tasks = (12, 64, 3) if options.quick else (options.classes, 768, max(1, options.classes // 10))
     small, large = (6, 40) if options.quick else (30, 500)
     cases = {small: ("low_rank",), large: ("low_rank", "cholesky")}
     results = []
     with tqdm(total=len(cases) * options.rounds, disable=None, leave=False, unit="round") as bar:
         for samples, forms in cases.items():
             results += measure(problem(classes, samples, size, tasks), forms, options.rounds, bar)
+    setting = {"classes": classes, "features": size, "tasks": tasks, "epochs": EPOCHS, "rows_per_class": ROWS}
+    if not options.quick and not options.no_memory:
+        results = [{**result, **growth(result, setting)} for result in results]
     print(f"{classes} classes x {size} features, {EPOCHS} epochs x {ROWS} rows a class, {machine()}")
     shown = ["samples", "form", "baseline_s", "ours_s", "speedup", "floor_s", "over_floor", "deviation", "MB_per_class"]
+    shown += [name for name in ("growth_MiB", "baseline_growth_MiB") if name in results[0]]
     print("  ".join(f"{name:>12}" for name in shown))
     for row in results:
         cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in shown]
         print("  ".join(f"{cell:>12}" for cell in cells))
+    report = {"machine": machine(), "setting": setting, "results": results}
     if not options.quick:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        setting = {"classes": classes, "features": size, "tasks": tasks, "epochs": EPOCHS, "rows_per_class": ROWS}
-        text = json.dumps({"machine": machine(), "setting": setting, "results": results}, indent=1)
-        options.output.write_text(text + "\n", encoding="utf-8")
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written to {options.output}")
+    return report
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,7 +263,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and record; returns what is recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="128 views, 3 rounds, recorded nowhere")
     parser.add_argument("--views", type=int, default=1024, help="rows 2N (default 1024: Co2L's batches of 512)")
@@ -270,16 +272,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of timing (default 15)")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes a memory figure (default 5)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of torch (default 1 2)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory, and its processes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         args.views, args.rounds, args.processes = 128, 3, 1
     p = problem(args.views, args.width)
     if args.memory_of:
         torch.set_num_threads(1)
         print(growth(args.memory_of, p))
-        return
+        return {}
     rows: list[dict[str, Any]] = [{"way": way, **deviations(way, p), "threads": {}} for way in WAYS]
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -292,7 +295,7 @@ def main() -> None:
                 "times_faster": statistics.median(a[0] / b[0] for a, b in zip(took["gathered"], own, strict=True)),
             }
     for row in rows:
-        row["memory_MiB"] = memory(row["way"], args)
+        row["memory_MiB"] = math.nan if args.no_memory else memory(row["way"], args)
         row["memory_share"] = row["memory_MiB"] / rows[0]["memory_MiB"]
     torch.set_num_threads(args.threads[0])
     bf16 = bf16_deviation(2 if args.quick else 30, 32 if args.quick else 128)
@@ -312,6 +315,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"written to {args.output}")
+    return report
 
 
 if __name__ == "__main__":

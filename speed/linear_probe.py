@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and record; returns what is recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="64 images, 2 epochs, one turn, recorded nowhere")
     parser.add_argument("--model", default="vit_firn_32", help="a timm name (default: the embedded transformer)")
     parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
     parser.add_argument("--samples", type=int, default=2000, help="images of the experience (default 2000)")
@@ -127,10 +129,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU (default: torch's own choice)")
     parser.add_argument("--device", type=torch.device, default=None, help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "linear_probe.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.quick:
+        args.samples, args.epochs, args.rounds = 64, 2, 1
     result = measure(args)
     for name, took in result["seconds"].items():
         ratio, loss = result["times_cheaper"][name], result["mean_loss"][name]
@@ -141,9 +145,11 @@ def main() -> None:
     }
     versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
     report = {"device": device, **versions, **settings, **result}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{device}; written to {args.output}")
+    if not args.quick:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"{device}; written to {args.output}")
+    return report
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,8 @@ def ratio(took: dict[str, list[float]], way: str, against: str) -> float:
     return statistics.median(a / b for a, b in zip(took[way], took[against], strict=True))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and record; returns what is recorded, under its key."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="width 64, one round, recorded nowhere")
     parser.add_argument("--width", type=int, default=384, help="of the transformer (default 384: ViT-S)")
@@ -306,22 +308,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip", choices=("training", "evaluation"), help="leave one part out")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory, and its processes")
     parser.add_argument("--name", default="", help="key of the record, default: the sizes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", choices=TRAINING, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.quick:
         args.width, args.depth, args.size, args.batch, args.rounds = 64, 1, 64, 8, 1
     if args.memory_of:
         print(growth(args.memory_of, args))
-        return
+        return {}
     setting = {n: getattr(args, n) for n in ("width", "depth", "size", "patch", "batch", "rounds")}
     report: dict[str, Any] = {**machine(args.device), **setting, "rank": RANK, "tasks": TASKS}
     if args.skip != "training":
         report["gradient_deviation"] = check(args)
         took = timed({way: training(way, args)[1] for way in TRAINING}, args.rounds, args.device)
-        memory = {way: measured_growth(way, args) for way in TRAINING}
+        memory = {way: math.nan if args.no_memory else measured_growth(way, args) for way in TRAINING}
         report["training"] = {
             way: {
                 "seconds": statistics.median(took[way]),
@@ -350,12 +353,13 @@ def main() -> None:
         for way, row in report["evaluation"].items():
             print(f"{way:<18}{row['seconds']:8.3f} s   {row['times_forward']:.2f} x forward", end="")
             print(f"   {row['times_faster_than_one_by_one']:.1f} x faster than one by one")
+    key = args.name or f"width {args.width}, {args.size} px, patch {args.patch}, {args.device}"
     if not args.quick:
-        key = args.name or f"width {args.width}, {args.size} px, patch {args.patch}, {args.device}"
         known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({**known, key: report}, indent=2) + "\n", encoding="utf-8")
         print(f"written to {args.output}")
+    return {key: report}
 
 
 if __name__ == "__main__":

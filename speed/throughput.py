@@ -1,244 +1,308 @@
-"""Training throughput: Avalanche's ``Naive``, SLCA's stage 1 and a hand-written PyTorch loop, interleaved.
+"""Training throughput: our strategies, with and without the fast path, against a hand-written PyTorch loop.
 
-Same model, images, batch size, optimizer and learning rates in every contestant, so the ratios are what the frameworks
-cost. Only training epochs are timed (no set-up, no statistics, no alignment). Run on an idle machine:
+All contestants train the same network on the same samples in the same order, with the same optimizer (SGD, fused on a
+GPU) and rates, at the same precision; images lie in memory as uint8 and are normalised on the device by all of them.
 
-    python speed/throughput.py                      # the embedded transformer and a small perceptron
-    python speed/throughput.py --model vit_base_patch16_224 --image-size 224 --precision bf16    # on a GPU
+* ``batched loop``: as a careful person writes it, and what the others are measured in: a data set with
+  ``__getitems__`` under a ``DataLoader`` with a collate function that passes tensors through; on a GPU the images lie
+  there, and a batch is one gather.
+* ``TensorDataset loop``: the same with a plain ``DataLoader(TensorDataset(...))``, for reference.
+* ``Naive``, ``SLCA`` (its first stage): Avalanche's loop with all our metrics of a run and TensorBoard switched on;
+  ``..., fast path``: the same with ``FastPathPlugin()``. On a GPU the fast path takes images that lie there.
 
-Prints a table and where an iteration's time goes; writes speed/results/throughput.json.
+Timed are whole epochs, from the first plugin's first hook to the last one's last, TensorBoard included; not what comes
+before and after them (set-up, class statistics, alignment). ``weights_deviation``: largest difference of a trained
+weight from that of the batched loop.
+
+    python -m speed throughput                                     # or: python speed/throughput.py
+    python -m speed throughput --device cuda --case vit_base       # two minutes on one GPU
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections import defaultdict
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
+if __package__ in (None, ""):  # python speed/throughput.py
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
-from avalanche.benchmarks.utils import as_classification_dataset
-from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
-from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import avalanche_firn.models  # noqa: F401  (registers the embedded backbone)
-from avalanche_firn.models.parts import FeatureClassifier, find_parts, with_taskwise_head
+from avalanche_firn.models.parts import FeatureClassifier
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
+from avalanche_firn.plugins.fast_path import FastPathPlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.strategies.slca import SLCA
+from speed.measure import Lap, Row, Settings, in_fresh_process, interleaved, rows_from
+from speed.workload import (
+    Batched,
+    EpochClock,
+    Laps,
+    as_it_is,
+    copy_of,
+    deviation,
+    experience_of,
+    held,
+    network,
+    on,
+    recorded,
+)
 
-CLASSES = 10
+__all__ = ["BASELINE", "CASES", "CONTESTANTS", "Case", "epoch_memory", "rows"]
 
-
-class Stopwatch(SupervisedPlugin):
-    """Seconds per epoch and, per part of an iteration, from the strategy's own hooks."""
-
-    def __init__(self, device: torch.device, parts: bool) -> None:
-        super().__init__()
-        self.device, self.parts = device, parts
-        self.epochs: list[float] = []
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _lap(self, part: str) -> None:
-        if self.parts:
-            now = self._now()
-            self.seconds[part] += now - self.last
-            self.last = now
-
-    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        self.start = self.last = self._now()
-
-    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        self.epochs.append(self._now() - self.start)
-
-    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("fetch a batch")
-
-    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("hooks, zero_grad")
-
-    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("forward")
-
-    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("loss")
-
-    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("backward")
-
-    def before_update(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("hooks, zero_grad")
-
-    def after_update(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("optimizer")
-
-    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        self._lap("hooks, zero_grad")
+BENCHMARK = "throughput"
+BASELINE = "batched loop"
+CONTESTANTS = (BASELINE, "TensorDataset loop", "Naive", "Naive, fast path", "SLCA", "SLCA, fast path")
+LR, BACKBONE_SCALE, MOMENTUM, DECAY = 0.01, 0.01, 0.9, 5e-4  # exps/slca_*.json
 
 
-def make_model(name: str, image_size: int) -> nn.Module:
-    """The contestants' model, freshly built: ``mlp`` or a timm name, with a classifier of one task."""
-    torch.manual_seed(0)
-    if name == "mlp":
-        backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, 64), nn.ReLU(), nn.Linear(64, 64))
-        return with_taskwise_head(backbone, feature_size=64)
-    size = {"img_size": image_size} if "vit" in name else {}
-    return with_taskwise_head(timm.create_model(name, num_classes=0, **size))
+@dataclass(frozen=True)
+class Case:
+    """A network and its data.
+
+    :param images: of an epoch on a CPU; :param cuda_images: on a GPU. :param bound: of the fast path, in the time of
+        the batched loop. :param where: "cpu", "cuda", or both. :param few: leave out two contestants without a bound,
+        where an epoch takes seconds.
+    """
+
+    backbone: str
+    edge: int
+    batch: int
+    images: int
+    bound: float
+    rounds: int = 5
+    cuda_batch: int = 128
+    cuda_images: int = 12_800
+    precision: str = "fp32"
+    where: tuple[str, ...] = ("cpu", "cuda")
+    few: bool = False
+
+    def at(self, device: torch.device) -> Case:
+        """With the sizes of a device."""
+        if device.type == "cpu" or self.backbone == "mlp":
+            return self
+        return replace(self, batch=self.cuda_batch, images=self.cuda_images)
+
+    @property
+    def name(self) -> str:
+        shape = "64 features" if self.backbone == "mlp" else f"{self.edge} px"
+        return f"{self.backbone}, {shape}, batch {self.batch}, {self.images} samples"
 
 
-def raw_epoch(model: FeatureClassifier, data: TensorDataset, args: argparse.Namespace) -> float:
-    """One epoch as a person would write it: two rates, shuffled ``DataLoader``, nothing else."""
-    model.head.add_task(range(CLASSES))
-    model.to(args.device).train()
-    head = [p for _, p in find_parts(model).head_parameters()]
-    groups = [{"params": list(model.backbone.parameters()), "lr": 1e-4}, {"params": head}]
-    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(data, batch_size=args.batch_size, shuffle=True, pin_memory=args.device.type == "cuda")
-    if args.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for x, y in loader:
-        x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
-        optimizer.zero_grad()
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-    if args.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+CASES = (
+    Case("vit_firn_32", 32, 128, 1024, bound=1.03, cuda_images=6400),
+    Case("vit_small_patch16_224", 224, 16, 32, bound=1.03, cuda_images=1280, few=True),
+    Case("mlp", 0, 64, 12_800, bound=1.3, rounds=11),
+    # at least 95 % of the loop's images per second
+    Case(
+        "vit_base_patch16_224", 224, 128, 1920, 1 / 0.95, cuda_images=1920, precision="bf16", where=("cuda",), few=True
+    ),
+)
+QUICK = (
+    Case("vit_firn_32", 32, 8, 16, bound=1.03, cuda_batch=8, cuda_images=16),
+    Case("mlp", 0, 64, 1280, bound=1.3),
+    Case("vit_base_patch16_224", 224, 8, 16, 1 / 0.95, 5, 8, 16, precision="bf16", where=("cuda",), few=True),
+)
 
 
-def strategy_epoch(kind: str, model: nn.Module, experience: Any, args: argparse.Namespace, parts: bool) -> Stopwatch:
-    """One epoch of a strategy over the same images."""
-    watch = Stopwatch(args.device, parts)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    metrics = [accuracy_metrics(epoch=True), loss_metrics(epoch=True)] if kind.endswith("metrics") else []
+class _StageOne(ClassifierAlignmentPlugin):
+    """SLCA's second stage, switched off: its statistics are no part of training."""
+
+    def _after_task(self, strategy: Any) -> None:
+        return None
+
+
+def train_by_hand(
+    model: FeatureClassifier, data: TensorDataset, case: Case, epochs: int, clock: EpochClock, *, batched: bool
+) -> None:
+    """The loop that a person would write: two rates, shuffled batches, nothing else."""
+    device, cuda = clock.device, clock.device.type == "cuda"
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.backbone.parameters()), "lr": LR * BACKBONE_SCALE},
+        {"params": list(model.head.parameters())},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=cuda or None)
+    lap: Callable[[str], None] = (lambda part: None) if clock.laps is None else clock.laps.lap
+    for _ in range(epochs):
+        clock.start()
+        for x, y in _batches(data, case.batch, batched=batched, cuda=cuda):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            lap("fetch a batch")
+            optimizer.zero_grad()
+            lap("hooks, zero_grad")
+            with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
+                output = model(x)
+                lap("forward")
+                loss = F.cross_entropy(output, y)
+            lap("loss")
+            loss.backward()
+            lap("backward")
+            optimizer.step()
+            lap("optimizer")
+        clock.stop()
+
+
+def _batches(data: TensorDataset, size: int, *, batched: bool, cuda: bool) -> Any:
+    """Shuffled batches of an epoch, in the order of torch's DataLoader whatever makes them."""
+    if not batched:
+        return DataLoader(data, size, shuffle=True, pin_memory=cuda)
+    images, targets = data.tensors
+    if not images.is_cuda:
+        return DataLoader(Batched(data), size, shuffle=True, collate_fn=as_it_is, pin_memory=cuda)
+    torch.empty((), dtype=torch.int64).random_()  # the loader's own draw before that of its sampler
+    seed = int(torch.empty((), dtype=torch.int64).random_().item())
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
+    return ((images[rows], targets[rows]) for rows in order.split(size))
+
+
+def strategy_for(name: str, model: FeatureClassifier, case: Case, epochs: int, device: torch.device, log: Any) -> Any:
+    """Naive or SLCA over a model that has its classifier already."""
+    cuda = device.type == "cuda"
+    plugins: list[Any] = [] if case.precision == "fp32" else [MixedPrecisionPlugin(case.precision)]  # type: ignore[arg-type]
+    if name.endswith("fast path"):
+        plugins.append(FastPathPlugin())
     shared: dict[str, Any] = dict(
         model=model,
-        optimizer=optimizer,
-        train_mb_size=args.batch_size,
+        train_mb_size=case.batch,
+        train_epochs=epochs,
         eval_mb_size=256,
-        device=args.device,
-        plugins=[watch, MixedPrecisionPlugin(args.precision)],
-        evaluator=EvaluationPlugin(*metrics, loggers=[_Silent()], collect_all=False),
+        device=device,
+        plugins=plugins,
+        evaluator=log,
     )
-    if kind.startswith("SLCA"):
-        strategy = SLCA(**shared, alignment=ClassifierAlignmentPlugin(epochs=0), fresh_final_norm=False)
-    else:
-        strategy = Naive(**shared)
-    # first in line: SLCA measures its class statistics at the end of the last epoch, which is not training
-    strategy.plugins.remove(watch)
-    strategy.plugins.insert(0, watch)
-    strategy.train(experience, eval_streams=[])
-    return watch
+    settings: dict[str, Any] = dict(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=cuda or None)
+    if name.startswith("SLCA"):
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
+        return SLCA(
+            **shared,
+            optimizer=optimizer,
+            backbone_scale=BACKBONE_SCALE,
+            alignment=_StageOne(epochs=0),
+            fresh_final_norm=False,
+        )
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.backbone.parameters()), "lr": LR * BACKBONE_SCALE},
+        {"params": list(model.head.parameters())},
+    ]
+    return Naive(**shared, optimizer=torch.optim.SGD(groups, **settings), criterion=nn.CrossEntropyLoss())
 
 
-class _Silent:
-    def log_metrics(self, values: Any) -> None:
-        """Drop the values."""
+class Contest:
+    """One case on one device: its data and first weights, and how each contestant trains on them.
+
+    On a GPU a run is two epochs, the last of which is timed: the first one fills the allocator and starts the clocks.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.epochs = 2 if device.type == "cuda" else 1
+        self.template = network(case.backbone, case.edge)
+        self.data = held(case.backbone, case.edge, case.images)
+        self.near = on(self.data, device)
+        self.experiences = {near: experience_of(self.near if near else self.data) for near in (False, True)}
+        self.peaks: dict[str, float | None] = {}
+
+    def contestants(self) -> tuple[str, ...]:
+        """Those of this case."""
+        left_out = ("TensorDataset loop", "Naive") if self.case.few else ()
+        return tuple(name for name in CONTESTANTS if name not in left_out)
+
+    def train(self, name: str, clock: EpochClock) -> FeatureClassifier:
+        """Train a copy of the model."""
+        model = copy_of(self.template, self.device)
+        near = name.endswith("fast path")
+        if name.endswith("loop"):
+            batched = name == BASELINE
+            data = self.near if batched else self.data
+            train_by_hand(model, data, self.case, self.epochs, clock, batched=batched)
+            return model
+        with recorded() as log:
+            strategy = strategy_for(name, model, self.case, self.epochs, self.device, log)
+            clock.install(strategy)
+            strategy.train(self.experiences[near], eval_streams=[])
+        return model
+
+    def run(self, name: str) -> Lap:
+        """Seconds of the last epoch."""
+        clock = EpochClock(self.device)
+        self.train(name, clock)
+        self.peaks[name] = clock.peak
+        return Lap(clock.epochs[-1])
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """What another run per contestant shows: parts of an iteration, trained weights, use of the GPU."""
+        iterations = -(-self.case.images // self.case.batch) * self.epochs
+        found: dict[str, dict[str, Any]] = {}
+        reference: FeatureClassifier | None = None
+        for name in self.contestants():
+            laps = Laps(self.device)
+            model = self.train(name, EpochClock(self.device, laps=laps))
+            reference = model if reference is None else reference
+            found[name] = {
+                "microseconds_per_iteration": laps.microseconds(iterations),
+                "weights_deviation": deviation(model, reference),
+            }
+            if self.device.type == "cuda" and name in (BASELINE, "SLCA, fast path"):
+                clock = EpochClock(self.device, busy=True)
+                self.train(name, clock)
+                found[name]["utilisation_percent"] = clock.busy
+        return found
 
 
-CONTESTANTS = ("Naive", "Naive, epoch metrics", "SLCA stage 1", "SLCA stage 1, epoch metrics")
+def epoch_memory(case: int, contestant: str, precision: str) -> float | None:
+    """Peak memory of a contestant's epoch, MiB, in a fresh process on the CPU."""
+    chosen = CASES[case]
+    clock = EpochClock(torch.device("cpu"), memory=True)
+    Contest(replace(chosen, precision=precision), clock.device).train(contestant, clock)
+    return clock.peak
 
 
-def measure(name: str, image_size: int, samples: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of all contestants, one epoch each in turn, ``args.rounds`` times."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(samples, 3, image_size, image_size, generator=generator)
-    data = TensorDataset(images, torch.arange(samples) % CLASSES)
-    data.targets = data.tensors[1].tolist()  # type: ignore[attr-defined]
-    dataset = as_classification_dataset(data)
-    experience = with_classes_timeline(benchmark_from_datasets(train=[dataset])).train_stream[0]
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for turn in range(args.rounds + 1):  # the first turn warms up
-        took = {"hand-written loop": raw_epoch(make_model(name, image_size), data, args)}
-        for kind in CONTESTANTS:
-            watch = strategy_epoch(kind, make_model(name, image_size), experience, args, parts=False)
-            took[kind] = watch.epochs[0]
-        for kind, value in took.items():
-            if turn:
-                seconds[kind].append(value)
-    parts = {
-        kind: strategy_epoch(kind, make_model(name, image_size), experience, args, parts=True).seconds
-        for kind in CONTESTANTS
-    }
-    iterations = -(-samples // args.batch_size)
-    return {
-        "model": name,
-        "image_size": image_size,
-        "samples": samples,
-        "batch_size": args.batch_size,
-        "images_per_second": {k: round(samples / statistics.median(v), 1) for k, v in seconds.items()},
-        "time_ratio_to_hand_written": {
-            k: round(statistics.median(a / b for a, b in zip(v, seconds["hand-written loop"], strict=True)), 3)
-            for k, v in seconds.items()
-        },
-        "microseconds_per_iteration": {
-            kind: {part: round(1e6 * value / iterations, 1) for part, value in laps.items()}
-            for kind, laps in parts.items()
-        },
-    }
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print one model's table."""
-    print(f"\n{result['model']}, {result['image_size']} px, batch {result['batch_size']}")
-    for kind, speed in result["images_per_second"].items():
-        print(f"  {kind:<30}{speed:>10.1f} images/s   {result['time_ratio_to_hand_written'][kind]:.3f} x the time")
-    columns = list(result["microseconds_per_iteration"]["Naive"])
-    print("  microseconds per iteration    " + "".join(f"{c:>18}" for c in columns))
-    for kind, laps in result["microseconds_per_iteration"].items():
-        print(f"  {kind:<30}" + "".join(f"{laps.get(c, 0):>18.0f}" for c in columns))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a timm name or mlp; default: vit_firn_32 and mlp in turn")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
-    parser.add_argument(
-        "--samples", type=int, default=1024, help="images per epoch (default 1024; mlp: 8 times as many)"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="default 64")
-    parser.add_argument("--rounds", type=int, default=7, help="counted turns (default 7)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
-    parser.add_argument("--device", type=torch.device, default=None, help="default: a GPU if there is one")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
-    args = parser.parse_args()
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
-    for name in [args.model] if args.model else ["vit_firn_32", "mlp"]:
-        results.append(measure(name, args.image_size, args.samples * (8 if name == "mlp" else 1), args))
-        show(results[-1])
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    report = {
-        "device": device,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "precision": args.precision,
-        "rounds": args.rounds,
-        "results": results,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{device}; written to {args.output}")
+def rows(settings: Settings) -> list[Row]:
+    """Figures of all cases that the device is meant for."""
+    found: list[Row] = []
+    device = settings.device
+    for number, case in enumerate(QUICK if settings.quick else CASES):
+        case = case.at(device)
+        if device.type not in case.where or not settings.wants(case.name):
+            continue
+        if settings.precision != "auto":
+            case = replace(case, precision=settings.precision)
+        contest = Contest(case, device)
+        runs = {name: partial(contest.run, name) for name in contest.contestants()}
+        timings = interleaved(runs, settings.rounds_or(case.rounds), warmup=0 if settings.quick else 1, device=device)
+        memory = dict(contest.peaks)
+        if device.type == "cpu" and not settings.quick and case.backbone != "mlp":
+            chosen = (BASELINE, "SLCA, fast path")
+            memory = {
+                name: in_fresh_process(
+                    "speed.throughput:epoch_memory", case=number, contestant=name, precision=case.precision
+                )
+                for name in chosen
+            }
+        found += rows_from(
+            timings,
+            BENCHMARK,
+            case.name,
+            settings,
+            to_what=BASELINE,
+            images=case.images,
+            bounds={name: case.bound for name in runs if name.endswith("fast path")},
+            memory=memory,
+            details=contest.details(),
+            precision=case.precision,
+        )
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    from speed.__main__ import main
+
+    sys.exit(main(["throughput", *sys.argv[1:]]))

@@ -27,7 +27,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +301,8 @@ def measure(part: str, width: int, sets: tuple[ClassImages, ClassImages], args: 
     return {**found, "ways": rows}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and record; returns what is recorded, under its key."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round with few episodes, recorded nowhere")
     parser.add_argument("--omniglot", metavar="ROOT", help="folder of the small Omniglot sets (default: random images)")
@@ -318,7 +319,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--name", default="cpu", help="key of the record (default cpu)")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # of Avalanche: no evaluator's metrics
     if args.quick:
@@ -343,6 +344,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({**known, args.name: report}, indent=2) + "\n", encoding="utf-8")
         print(f"written to {args.output}")
+    return {args.name: report}
 
 
 if __name__ == "__main__":
