@@ -74,9 +74,10 @@ class Crash(Exception):
 
 
 class Bomb(SupervisedPlugin):
-    """Raises in the n-th call of a hook."""
+    """Raises in the n-th call of a hook, and does nothing else: an evaluation in one pass may go on without it."""
 
     stateless = True
+    affects_results = False
 
     def __init__(self, hook: str = "", count: int = -1) -> None:
         super().__init__()
