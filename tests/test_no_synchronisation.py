@@ -2,7 +2,7 @@
 
 The first iterations of an experience may wait (a criterion looks once whether the targets belong to it, caches are
 filled). Avalanche's own EWC and supervised contrastive loss copy constants to the device in every step, which is
-theirs, and DER looks up the stored logits of a batch in main memory.
+theirs, and DER looks up the stored logits of a batch in main memory: these only have to train.
 """
 
 import traceback
@@ -46,8 +46,6 @@ class Leave(SupervisedPlugin):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_no_step_waits(name, precision):
-    if name in WAITING:
-        pytest.skip("waits, see above")
     config = validate(
         {
             "name": "gpu", "seeds": [0], "precision": precision, "stream": {"name": "digits", "tasks": 5},
@@ -78,4 +76,4 @@ def test_no_step_waits(name, precision):
                 strategy.train(experience, eval_streams=[])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert not found, f"{len(found)} waits, the first in\n{found[0]}"
+    assert name in WAITING or not found, f"{len(found)} waits, the first in\n{found[0]}"
