@@ -1,6 +1,7 @@
 """Mixed precision: where autocast is on, loss scaling, state, nothing left behind."""
 
 import pytest
+import timm
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.supervised import Naive
@@ -100,3 +101,64 @@ def test_unknown_precision():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_auto_on_a_gpu():
     assert MixedPrecisionPlugin().resolve(torch.device("cuda")) in ("bf16", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "attention", "plain"),
+    [
+        (32, "bf16", "auto", True),
+        (64, "bf16", "auto", False),
+        (32, "bf16", "fused", False),
+        (32, "fp32", "auto", False),
+    ],
+)
+def test_short_sequences_train_with_plain_attention_on_a_cpu(stream_of, size, precision, attention, plain):
+    """64 patches of 4 x 4 pixels are few, 256 aren't; an evaluation never needs it."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=size, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=4
+    )
+    seen = []
+    chosen = torch.nn.functional.scaled_dot_product_attention
+
+    def attention_of(*args, **kwargs):
+        fused = torch.backends.cuda.flash_sdp_enabled()  # the switch of the CPU's fused attention, too
+        seen.append((model.training, not fused))
+        return chosen(*args, **kwargs)
+
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), train_mb_size=4, eval_mb_size=4,
+        evaluator=None, plugins=[MixedPrecisionPlugin(precision, attention=attention)],
+    )  # fmt: skip
+    x, y = torch.randn(8, 3, size, size), torch.arange(4).repeat_interleave(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_of)
+        for experience in stream_of(x, y, (4,)).train_stream:
+            strategy.train(experience, eval_streams=[])
+            strategy.eval(experience)
+    assert {was for training, was in seen if training} == {plain}
+    assert {was for training, was in seen if not training} == {False}
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_plain_attention_is_fused_attention_up_to_rounding(stream_of):
+    trained = {}
+    for attention in ("auto", "fused"):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=4
+        )
+        strategy = Naive(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), train_mb_size=8, evaluator=None,
+            plugins=[MixedPrecisionPlugin("bf16", attention=attention)],
+        )  # fmt: skip
+        x, y = torch.randn(8, 3, 32, 32), torch.arange(4).repeat_interleave(2)
+        for experience in stream_of(x, y, (4,)).train_stream:
+            strategy.train(experience, eval_streams=[])
+        trained[attention] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(trained["auto"], trained["fused"], rtol=0.02, atol=2e-3)
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="attention is 'plain'"):
+        MixedPrecisionPlugin("bf16", attention="plain")
