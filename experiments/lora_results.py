@@ -21,6 +21,9 @@ def lora_curves(strategy: Any) -> dict[str, list[float | None]]:
                 curves[f"lorac/overlap/{name}"] = [overlap[name] for overlap in plugin.overlaps]
         elif isinstance(plugin, ImportantParameterPlugin):
             curves["lorac/frozen"] = [float(len(names)) for names in plugin.frozen_after]
+            for name in next((scores for scores in plugin.scores_after if scores is not None), ()):
+                values = [None if scores is None else scores[name] for scores in plugin.scores_after]
+                curves[f"lorac/importance/{name}"] = values
         elif isinstance(plugin, TaskInferencePlugin):
             steps = range(1, strategy.clock.train_exp_counter + 1)
             curves["lorac/task-inference"] = [plugin.accuracies.get(step) for step in steps]
@@ -39,8 +42,9 @@ def lora_protocol(config: Config) -> dict[str, Any]:
 
 
 def lora_results(strategy: Any) -> dict[str, Any] | None:
-    """Names of the matrices frozen after each task; None for other methods."""
+    """Names of the matrices frozen after each task, and of all that may be; None for other methods."""
     for plugin in strategy.plugins:
         if isinstance(plugin, ImportantParameterPlugin):
-            return {"frozen": [list(names) for names in plugin.frozen_after]}
+            frozen = [list(names) for names in plugin.frozen_after]
+            return {"frozen": frozen, "matrices": plugin.matrices(strategy)}
     return None

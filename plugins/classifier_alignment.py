@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+from avalanche.evaluation.metric_results import MetricValue
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
@@ -149,6 +150,9 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             self.gaussians = ClassGaussians(form=form, jitter=jitter, relative_jitter=relative_jitter)
         self.alignments = 0
         """How many alignments ran in this process."""
+        self.history: list[dict[str, Any]] = []
+        """Per alignment: ``task``, ``loss-first`` and ``loss-last`` (means over the first and the last epoch, nats) and
+        ``head-change`` (norm of the weights' change, relative to the raw ones; None if these are 0)."""
         self.features: tuple[Tensor, Tensor] | None = None
         """Features (N, d) and targets of the task that just ended, for plugins that come later; dropped after it."""
         self._pending = False  # statistics are there, the heads of this task are still raw
@@ -227,6 +231,7 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
         if self.restore:
             head.snapshot()
         weight, bias = head.weight_matrix()
+        losses: list[float] = []
         aligned = align_classifier(
             weight,
             bias,
@@ -238,12 +243,27 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             epochs=self.epochs,
             temperature=self.temperature,
             norm=self.norm,
+            on_epoch=lambda _, loss: losses.append(loss),
         )
+        self._note(strategy, task, losses, weight, aligned[0])
         head.load_weight_matrix(*aligned)
         if self.scaling == "feature":
             head.set_input_scales([1 + self.feature_scale_mu * (task - k) for k in range(task + 1)])
         self._aligned = self.restore
         self.alignments += 1
+
+    @torch.no_grad()
+    def _note(self, strategy: Any, task: int, losses: list[float], raw: Tensor, aligned: Tensor) -> None:
+        """Keep and log how the alignment went, under the index of the task."""
+        before = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
+        moved, size = torch.stack([torch.linalg.vector_norm(t) for t in (aligned.to(before) - before, before)]).tolist()
+        figures = {"loss-first": losses[0], "loss-last": losses[-1], "head-change": moved / size if size else None}
+        self.history.append({"task": task, **figures})
+        if strategy.evaluator.active:
+            for name, value in figures.items():
+                if value is not None:
+                    found = MetricValue(self, f"slca/alignment/{name}", value, task)
+                    strategy.evaluator.publish_metric_value(found)
 
     def _batches(self, head: TaskwiseLinearHead, task: int) -> Callable[[int], Iterable[tuple[Tensor, Tensor]]]:
         if self.batch_source is not None:
@@ -286,6 +306,7 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             "pending": self._pending,
             "aligned": self._aligned,
             "measured": self._measured,
+            "history": [dict(entry) for entry in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,6 +319,7 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             raise ValueError(f"statistics: the state was made with {kind!r}, here it is {self.statistics!r}")
         self.gaussians.load_state_dict(state["gaussians"])
         self._pending, self._aligned, self._measured = state["pending"], state["aligned"], state["measured"]
+        self.history = [dict(entry) for entry in state.get("history", [])]  # states of 0.1 have none
 
 
 __all__ = [

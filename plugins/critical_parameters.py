@@ -26,6 +26,21 @@ from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 
 
+def score_figures(score: Tensor, before: Tensor, after: Tensor) -> dict[str, float] | None:
+    """How large the scores of the free matrices are, and how much of them lies in the newly frozen ones.
+
+    :param score: ``(N,)`` float64, finite, at least 0. :param before: ``(N,)`` bool, frozen during the task.
+    :param after: the same after it.
+    :returns: ``largest``, ``mean``, and ``frozen-share`` of their sum (0 if that is 0); None if no matrix was free.
+    """
+    free = score[~before]
+    if not len(free):
+        return None
+    total, chosen = float(free.sum()), float(score[after & ~before].sum())
+    share = chosen / total if total > 0 else 0.0
+    return {"largest": float(free.max()), "mean": total / len(free), "frozen-share": share}
+
+
 class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
     """Freeze the most important matrices after each task. Comes after :class:`LoRACompositionPlugin` in ``plugins``.
 
@@ -64,6 +79,9 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
         self.tracker = ImportanceTracker(beta1, beta2)
         self.frozen_after: list[list[str]] = []
         """Names of all frozen matrices after each task."""
+        self.scores_after: list[dict[str, float] | None] = []
+        """Per task ``largest`` and ``mean`` of the scores of the matrices that were free in it, and ``frozen-share``,
+        the share of their sum that lies in those frozen after it; None where nothing was tracked."""
         self._composition: LoRAComposition | None = None
         self._step: dict[str, Tensor] = {}  # importance of the matrices in the current step
         self._inverse: Tensor | None = None  # 1 / loss scale of fp16
@@ -143,7 +161,7 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
         layers.record(None)
         self._recording, self._done = False, True
         self._warn_if_stopped(strategy)
-        found = self.tracker.score()
+        found, scores = self.tracker.score(), None
         if found:
             absent = torch.zeros((), dtype=torch.float64)
             score = torch.stack([found[name].double().cpu() if name in found else absent for name in layers.positions])
@@ -154,15 +172,22 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
                     f"the importance of {wrong} after experience {strategy.clock.train_exp_counter} is not finite; a "
                     "smaller rate or clip is needed"
                 )
-            frozen = select_critical(
-                score, layers.frozen, self.fraction, of_remaining=self.of_remaining, ties=self.ties
-            )  # fmt: skip
+            before = layers.frozen
+            frozen = select_critical(score, before, self.fraction, of_remaining=self.of_remaining, ties=self.ties)
             layers.freeze(frozen)
+            scores = score_figures(score, before, frozen)
         names = [name for name, frozen in zip(layers.positions, layers.frozen.tolist(), strict=True) if frozen]
         self.frozen_after.append(names)
+        self.scores_after.append(scores)
         if strategy.evaluator.active:
             step = strategy.clock.train_exp_counter
-            strategy.evaluator.publish_metric_value(MetricValue(self, "lorac/frozen", len(names), step))
+            figures = {f"lorac/importance/{name}": value for name, value in (scores or {}).items()}
+            for tag, value in {"lorac/frozen": len(names), **figures}.items():
+                strategy.evaluator.publish_metric_value(MetricValue(self, tag, value, step))
+
+    def matrices(self, strategy: Any) -> list[str]:
+        """Names of all matrices that may be frozen."""
+        return self._layers(strategy).positions
 
     def _warn_if_stopped(self, strategy: Any) -> None:
         """The window ends with the last step that was planned; a task may end sooner, also within its last epoch."""
@@ -187,6 +212,7 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
         return {
             "tracker": self.tracker.state_dict(),
             "frozen_after": [list(names) for names in self.frozen_after],
+            "scores_after": [None if scores is None else dict(scores) for scores in self.scores_after],
             "done": self._done,
         }
 
@@ -194,7 +220,9 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
         """Restore what :meth:`state_dict` gave."""
         self.tracker.load_state_dict(state["tracker"])
         self.frozen_after = [list(names) for names in state["frozen_after"]]
+        scores = state.get("scores_after", [None] * len(self.frozen_after))  # states of 0.1 have none
+        self.scores_after = [None if found is None else dict(found) for found in scores]
         self._done = state["done"]
 
 
-__all__ = ["ImportanceTracker", "ImportantParameterPlugin", "select_critical"]
+__all__ = ["ImportanceTracker", "ImportantParameterPlugin", "score_figures", "select_critical"]

@@ -1,11 +1,28 @@
-"""Pictures: right content, right size, nothing left behind in pyplot."""
+"""Pictures: right content, right size, nothing left behind in pyplot, colours that a page can replace."""
+
+import io
+import re
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from avalanche_firn.evaluation.figures import PALETTE, curves_figure, save_figure, task_matrix_figure
+from avalanche_firn.evaluation.figures import (
+    EMPTY,
+    GRID,
+    INK,
+    MUTED,
+    PALETTE,
+    PAPER,
+    Style,
+    curves_figure,
+    inked,
+    save_figure,
+    styles_of,
+    task_matrix_figure,
+)
 
 
 def texts(figure):
@@ -67,11 +84,98 @@ def test_twenty_methods_can_be_told_apart():
     assert len(looks) == 20 and len(set(PALETTE)) == 7
 
 
+def contrast(one, other):
+    """Ratio of WCAG 2."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return np.dot(
+            [0.2126, 0.7152, 0.0722], [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        )
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_seen_on_white_and_on_a_dark_page():
+    for colour in PALETTE:
+        assert contrast(colour, "#ffffff") >= 3 and contrast(colour, "#16181d") >= 3, colour
+    assert contrast(INK, PAPER) > 7 and contrast(MUTED, PAPER) > 4.5
+
+
+def test_styles_differ_and_depend_on_the_labels_alone():
+    labels = [f"method {i}" for i in range(196)]
+    styles = styles_of(labels)
+    assert list(styles) == labels and len(set(styles.values())) == 196
+    some = styles_of(labels[:28])
+    assert len({(s.colour, s.dash) for s in some.values()}) == len({(s.colour, s.marker) for s in some.values()}) == 28
+    assert len({s.colour for s in styles_of(labels[:7]).values()}) == 7
+    assert styles_of(reversed(labels)) == styles and styles_of(["b", "a", "b"]) == styles_of(["a", "b"])
+
+
+def test_given_styles_and_places_of_the_legend():
+    style = Style("#123456", "v", (0, (1, 1)))
+    figure = curves_figure({"a": [[0.1, 0.2]], "b": [[0.3, 0.4]]}, styles={"a": style}, legend="none", size=(3, 2))
+    line, other = figure.axes[0].lines
+    assert (line.get_color(), line.get_marker()) == ("#123456", "v") and other.get_color() in PALETTE
+    assert figure.legends == [] and tuple(figure.get_size_inches()) == (3, 2)
+    wide, narrow = (curves_figure({"a": [[0.1, 0.2]]}, legend=legend) for legend in ("right", "below"))
+    assert wide.get_size_inches()[0] > 7 and narrow.get_size_inches()[0] == 4.6 and len(narrow.legends) == 1
+    with pytest.raises(ValueError, match="legend: got 'top'; accepted is 'right', 'below' or 'none'"):
+        curves_figure({"a": [[0.1]]}, legend="top")
+
+
+def test_shares_are_not_drawn_beyond_a_whole():
+    wide = [[0.99, 0.9], [0.6, 0.9]]
+    assert curves_figure({"a": wide}).axes[0].get_ylim()[1] == 1.02
+    assert curves_figure({"a": wide}, percent=False).axes[0].get_ylim()[1] > 1.02
+    assert curves_figure({"a": [[1.5, 1.2]]}).axes[0].get_ylim()[1] > 1.2
+
+
+def colours_of(figure):
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(text, format="svg")
+    return set(re.findall(r"#[0-9a-f]{6}\b", text.getvalue())), text.getvalue()
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        curves_figure({"a": [[0.1, 0.2], [0.2, 0.4]], "b": [[0.5]]}, title="t"),
+        curves_figure({"a": [[0.1, 0.2]]}, legend="right"),
+        task_matrix_figure([[0.98, np.nan], [0.5, 0.004]], title="t"),
+    ],
+)
+def test_everything_but_the_data_has_one_of_five_colours(figure):
+    inks = {INK, MUTED, GRID, EMPTY, PAPER}
+    assert len(inks) == 5 and not inks & {colour.lower() for colour in PALETTE}
+    found, text = colours_of(figure)
+    cells = {"#080808", "#ffffff"} if figure.axes[0].images else set()
+    assert found - inks <= {colour.lower() for colour in PALETTE} | cells
+    assert {INK, MUTED, PAPER} <= found
+    letters = re.findall(r"<text[^>]*>", text)
+    assert len(letters) > 4 and all("fill: #" in letter for letter in letters)
+    assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)) >= 9
+
+
+def test_a_figure_drawn_elsewhere_can_be_inked():
+    figure = Figure()
+    axes = figure.add_subplot(title="title", xlabel="x")
+    axes.plot([1, 2], [3, 4], color="#0072b2", label="line")
+    axes.grid(color="#d9d9d9")
+    axes.legend()
+    axes.text(1.5, 3.5, "cell", color="#111111")
+    assert inked(figure) is figure
+    found, _ = colours_of(figure)
+    assert found == {"#0072b2", "#111111", INK, MUTED, GRID, PAPER}
+
+
 def test_saved_picture(tmp_path):
     backend = matplotlib.get_backend()
     path = save_figure(curves_figure({"a": [[0.1, 0.2]]}, limits=(0, 1), percent=False), tmp_path / "new" / "c.png")
     with Image.open(path) as image:
-        assert image.size == (1110, 630) and round(image.info["dpi"][0]) == 150
+        assert image.size == (690, 490) and round(image.info["dpi"][0]) == 150
     import matplotlib.pyplot as plt
 
     assert plt.get_fignums() == [] and matplotlib.get_backend() == backend

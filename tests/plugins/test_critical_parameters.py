@@ -9,7 +9,13 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
-from avalanche_firn.plugins.critical_parameters import ImportanceTracker, ImportantParameterPlugin, select_critical
+from avalanche_firn.experiments.lora_results import lora_curves, lora_results
+from avalanche_firn.plugins.critical_parameters import (
+    ImportanceTracker,
+    ImportantParameterPlugin,
+    score_figures,
+    select_critical,
+)
 from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.plain_state import differing_state, to_plain
@@ -289,6 +295,73 @@ def test_state_round_trip_inside_a_task(benchmark):
     assert swapped.plugins[2] is new and old.frozen_after == whole.frozen_after[:1]
     assert new.frozen_after == whole.frozen_after and len(new.frozen_after) == 3
     assert_equal(state(reference), state(swapped))
+
+
+# ------------------------------------------------------------------- what is logged
+class Scores(SupervisedPlugin):
+    """Scores of the free matrices by name at the end of a task, read before they are chosen from."""
+
+    def __init__(self):
+        super().__init__()
+        self.free = []
+
+    def after_training_epoch(self, strategy, **kwargs):
+        importance = next(p for p in strategy.plugins if isinstance(p, ImportantParameterPlugin))
+        composition, found = layers(strategy), importance.tracker.score()
+        free = [n for n, frozen in zip(composition.positions, composition.frozen.tolist(), strict=True) if not frozen]
+        self.free.append({name: float(found[name]) for name in free})
+
+
+def test_logged_scores_equal_those_by_hand(benchmark):
+    importance, scores = ImportantParameterPlugin(0.2), Scores()
+    strategy = naive([LoRACompositionPlugin(), scores, importance], train_epochs=1)
+    train(strategy, benchmark)
+    known: set[str] = set()
+    for task, (free, frozen) in enumerate(zip(scores.free, importance.frozen_after, strict=True)):
+        values, new = list(free.values()), set(frozen) - known
+        known |= new
+        expected = {
+            "largest": max(values),
+            "mean": sum(values) / len(values),
+            "frozen-share": sum(free[name] for name in new) / sum(values),
+        }
+        assert len(free) == 12 - 2 * task and len(new) == 2
+        assert importance.scores_after[task] == pytest.approx(expected, rel=1e-9)
+        for name in expected:
+            steps, found = logged(strategy, f"lorac/importance/{name}")
+            assert steps == [0, 1, 2] and found[task] == importance.scores_after[task][name]
+            assert lora_curves(strategy)[f"lorac/importance/{name}"] == found
+    results = lora_results(strategy)
+    assert results["frozen"] == importance.frozen_after and results["matrices"] == layers(strategy).positions
+    assert set(results["frozen"][-1]) <= set(results["matrices"])
+
+
+def test_nothing_is_logged_where_nothing_is_tracked(benchmark):
+    importance = ImportantParameterPlugin(0.0)
+    strategy = train(strategy_with(importance), benchmark, 0, 2)
+    assert importance.scores_after == [None, None]
+    assert not any(name.startswith("lorac/importance") for name in strategy.evaluator.get_all_metrics())
+    assert not any(name.startswith("lorac/importance") for name in lora_curves(strategy))
+
+
+def test_figures_of_scores():
+    score = torch.tensor([1.0, 2.0, 5.0, 0.0], dtype=torch.float64)
+    first, second = torch.tensor([False, False, True, False]), torch.tensor([True, False, True, False])
+    assert score_figures(score, first, second) == {"largest": 2.0, "mean": 1.0, "frozen-share": 1 / 3}
+    assert score_figures(0 * score, first, second) == {"largest": 0.0, "mean": 0.0, "frozen-share": 0.0}
+    assert score_figures(score, torch.ones(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)) is None
+
+
+def test_scores_are_part_of_the_state_and_older_states_have_none(benchmark):
+    one, other = ImportantParameterPlugin(0.2), ImportantParameterPlugin(0.2)
+    train(strategy_with(one), benchmark, 0, 2)
+    saved = one.state_dict()
+    other.load_state_dict(saved)
+    assert other.scores_after == one.scores_after and None not in one.scores_after
+    other.scores_after[0]["mean"] = -1.0
+    assert saved["scores_after"] == one.scores_after
+    other.load_state_dict({name: value for name, value in saved.items() if name != "scores_after"})
+    assert other.scores_after == [None, None]
 
 
 def test_public_names_of_the_module():
