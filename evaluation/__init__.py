@@ -1,6 +1,14 @@
 """Continual-learning figures as functions and as Avalanche metrics; probes of representations, drift; intervals,
 pictures and TensorBoard."""
 
+from avalanche_firn.evaluation.comparison_figures import (
+    cost_figure,
+    differences_figure,
+    frozen_map_figure,
+    ranking_figure,
+    task_confusion_figure,
+    task_matrices_figure,
+)
 from avalanche_firn.evaluation.contrastive_bound import (
     TVCertificate,
     chained_bound,
@@ -29,7 +37,7 @@ from avalanche_firn.evaluation.dynamics_figures import (
 )
 from avalanche_firn.evaluation.dynamics_math import forgetting as loss_forgetting
 from avalanche_firn.evaluation.efficiency import Efficiency
-from avalanche_firn.evaluation.figures import curves_figure, save_figure, task_matrix_figure
+from avalanche_firn.evaluation.figures import Style, curves_figure, save_figure, styles_of, task_matrix_figure
 from avalanche_firn.evaluation.gradient_alignment import (
     AppliedUpdate,
     GradientAlignment,
@@ -66,9 +74,17 @@ from avalanche_firn.evaluation.probes import fit_linear_probe, knn_predict
 from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.evaluation.statistics import Interval, curve_interval, mean_interval, paired_difference
 from avalanche_firn.evaluation.surface import Surface, loss_surface
+from avalanche_firn.evaluation.task_confusion import TaskConfusion, confusion_shares
 from avalanche_firn.evaluation.task_incremental import TaskIncrementalMatrixMetric
-from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config, read_scalars, write_summary
+from avalanche_firn.evaluation.tensorboard import (
+    log_hparams,
+    log_text_config,
+    read_scalars,
+    summary_tag,
+    write_summary,
+)
 from avalanche_firn.evaluation.trajectory import Trajectory
+from avalanche_firn.evaluation.vocabulary import Meaning, describe, glossary
 
 __all__ = [
     "AppliedUpdate",
@@ -80,6 +96,7 @@ __all__ = [
     "Interval",
     "Landscape",
     "LearningRates",
+    "Meaning",
     "NotEvaluatedError",
     "PhaseMetric",
     "PrincipalPlane",
@@ -87,8 +104,10 @@ __all__ = [
     "RepresentationProbe",
     "ResultMatrix",
     "ResultMatrixMetric",
+    "Style",
     "Surface",
     "TVCertificate",
+    "TaskConfusion",
     "TaskDynamics",
     "TaskIncrementalMatrixMetric",
     "TrainingLoss",
@@ -99,17 +118,23 @@ __all__ = [
     "block_effect_figure",
     "block_effects",
     "chained_bound",
+    "confusion_shares",
     "continual_metrics",
     "cosine_figure",
+    "cost_figure",
     "curve_interval",
     "curves_figure",
+    "describe",
     "device_accuracy_metrics",
     "device_loss_metrics",
+    "differences_figure",
     "effect_totals",
     "filter_normalized_direction",
     "fit_linear_probe",
     "forgetting",
     "forward_transfer",
+    "frozen_map_figure",
+    "glossary",
     "gradient_alignment",
     "incremental_accuracy",
     "knn_predict",
@@ -128,12 +153,17 @@ __all__ = [
     "pca_directions",
     "project",
     "random_landscape",
+    "ranking_figure",
     "read_scalars",
     "save_figure",
     "second_moment_vs_fisher",
     "shock_and_recovery",
     "step_effects",
+    "styles_of",
+    "summary_tag",
+    "task_confusion_figure",
     "task_curves_figure",
+    "task_matrices_figure",
     "task_matrix_figure",
     "training_loss_bound",
     "trajectory_landscape",

@@ -1,171 +1,88 @@
-"""The ``firn`` command: compare, run, resume, report, results, export, recipes, check.
+"""The ``firn`` command: compare, run, resume, report, dashboard, results, export, recipes, check.
 
-Exit status: 0 done, 1 a run failed, 2 wrong configuration or usage, 130 interrupted. What takes seconds to import
-(torch, Avalanche) is imported inside the commands that train; a wrong recipe is answered before that.
+Exit status: 0 done, 1 a run failed, 2 wrong configuration or usage, 130 interrupted (Ctrl-C or SIGTERM). What takes
+seconds to import (torch, Avalanche) is imported inside the commands that train; a wrong recipe is answered before that.
+With ``--json`` standard output has one JSON object per line and nothing else, see
+:mod:`~avalanche_firn.experiments.narration`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from avalanche_firn.experiments.about_sections import target_problems
+from avalanche_firn.experiments.cli_parser import DEFAULT_RECIPE, EXPORTS, Parser, build_parser
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError, Problem, explain_keys, nearest
+from avalanche_firn.experiments.narration import (
+    JsonNarrator,
+    TextNarrator,
+    error_facts,
+    report_files,
+    resume_command,
+    stopped_text,
+)
 from avalanche_firn.experiments.recipe import copy_recipe, load_experiment, parse, read_recipe
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
 __all__ = ["build_parser", "main"]
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-_DEFAULT = "digits"
-_EXPORTS = ("timm", "safetensors", "hub-folder")  # as in export_formats, which imports torch
-_OVERRIDES = (
-    "key=value changes the recipe; the value is YAML, a method is addressed by its name: training.epochs=3 "
-    "seeds=[0,1] methods.slca.alignment.epochs=3 methods=[naive,slca]. Keys: firn recipes keys"
-)
+_EXPORTS = EXPORTS
 
 
 class _UsageError(Exception):
     """A command line that argparse can't judge by itself."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser of ``firn``."""
-    parser = argparse.ArgumentParser(
-        prog="firn",
-        description="Compare continual-learning methods on pre-trained models.",
-        epilog="Exit status: 0 done, 1 a run failed, 2 wrong configuration or usage, 130 interrupted.",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = ""
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=more or None)
-        sub.set_defaults(run=run, words=[])
-        return sub
-
-    sub = command("compare", _compare, "train every method of a recipe with every seed and compare them", _OVERRIDES)
-    sub.add_argument(
-        "words", nargs="*", metavar="RECIPE|key=value", help=f"recipe name or file (default {_DEFAULT}), overrides"
-    )
-    _training_options(sub)
-
-    sub = command("run", _run, "train one method with one seed", f"method=NAME seed=N choose the run. {_OVERRIDES}")
-    sub.add_argument(
-        "words", nargs="+", metavar="RECIPE|key=value", help="recipe name or file, method=NAME, seed=N, overrides"
-    )
-    _training_options(sub)
-
-    sub = command("resume", _resume, "go on with an interrupted run or comparison, as if it had never stopped")
-    sub.add_argument("folder", type=Path, help="folder of a run or of a comparison")
-    sub.add_argument("--quiet", action="store_true", help="no progress bars, no line per experience")
-
-    sub = command("report", _report, "print the table of finished runs and write their report")
-    sub.add_argument("words", nargs="+", metavar="RUNS", help="folders of runs or comparisons")
-    sub.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="where to write the report (default: summary/ of a single comparison)",
-    )
-
-    sub = command(
-        "results",
-        _results,
-        "set finished runs beside the figures that others report of the shipped recipes",
-        "A run counts if its settings are the recipe's; others stand apart with what differs.",
-    )
-    sub.add_argument("words", nargs="*", metavar="RUNS", help="folders of runs or comparisons")
-    sub.add_argument("--output", type=Path, metavar="FILE", help="write the table there, as Markdown (default: print)")
-    sub.add_argument(
-        "--collect", type=Path, metavar="DIR", help="first copy what is kept of RUNS to DIR, then take all runs in DIR"
-    )
-    sub.add_argument("--changed-code", action="store_true", help="collect also runs of code that wasn't committed")
-    sub.add_argument("--replace", action="store_true", help="collect also over another run that is there already")
-
-    sub = command("export", _export, "write the final model of a finished run for use elsewhere")
-    sub.add_argument("folder", type=Path, metavar="RUN", help="folder of a finished run")
-    sub.add_argument(
-        "--format",
-        required=True,
-        choices=_EXPORTS,
-        help="timm: a state dict for timm.create_model; safetensors: all modules, for "
-        "avalanche_firn.experiments.export.load_exported; hub-folder: weights, config.json and model card",
-    )
-    sub.add_argument("--output", type=Path, metavar="PATH", help="what to write (default: below RUN/export/)")
-    sub.add_argument(
-        "--task", type=int, metavar="K", help="lorac_ipc: the weights after task K (1 = first), without task inference"
-    )
-    sub.add_argument("--force", action="store_true", help="replace an export that is there already")
-
-    sub = command(
-        "recipes",
-        _recipes,
-        "list, show or copy the shipped recipes, or list all configuration keys",
-        "ls: methods, benchmark, backbone, memory and hours of a run, and the best figure that others report.",
-    )
-    sub.add_argument("action", nargs="?", default="ls", choices=("ls", "show", "copy", "keys"), help="default: ls")
-    sub.add_argument("name", nargs="?", help="recipe, for show and copy")
-    sub.add_argument("target", nargs="?", help="file or folder to copy to (default: NAME.yaml here)")
-    sub.add_argument("--long", action="store_true", help="ls: also descriptions and all figures that others report")
-
-    sub = command(
-        "check", _check, "validate a recipe, its data, weights and device, without writing anything", _OVERRIDES
-    )
-    sub.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipe name or file, overrides")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="also train two steps of every method on random data of the true shape"
-    )
-    sub.add_argument(
-        "--no-data",
-        action="store_true",
-        help="read neither data nor weights, which may be elsewhere: the tasks follow from the recipe",
-    )
-    return parser
-
-
-def _training_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--output", metavar="DIR", help="write to DIR/NAME, NAME being the recipe's name (same as output=DIR)"
-    )
-    sub.add_argument("--fresh", action="store_true", help="delete what earlier calls left of these runs and start over")
-    sub.add_argument("--quiet", action="store_true", help="no progress bars, no line per experience; the table stays")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own) and return its exit status."""
-    parser = build_parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser, output = build_parser(), sys.stdout
+    scripted = JsonNarrator(lambda line: print(line, file=output, flush=True)) if "--json" in words else None
     try:
         # argparse can't mix options between two groups of positionals: what it leaves over goes to `words`
-        arguments, rest = parser.parse_known_args(argv)
+        arguments, rest = parser.parse_known_args(words)
         if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.words = [*arguments.words, *rest]
-        status: int = arguments.run(arguments)
-        return status
+        if getattr(arguments, "json", False) and scripted is None:  # argparse takes --js for it too
+            scripted = JsonNarrator(lambda line: print(line, file=output, flush=True))
+        arguments.scripted = scripted
+        with contextlib.redirect_stdout(sys.stderr) if scripted else contextlib.nullcontext():
+            return _COMMANDS[arguments.command](arguments)
     except SystemExit as stop:  # argparse has printed its message
+        if stop.code and scripted:
+            scripted.tell("error", message=Parser.wrong, problems=[])
         return int(stop.code or 0)
-    except _UsageError as error:
-        print(f"firn: {error}", file=sys.stderr)
-        return WRONG
-    except ConfigError as error:
+    except (_UsageError, ConfigError) as error:
+        if scripted:
+            scripted.tell("error", **error_facts(error))
         print(f"firn: {error}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
+        if scripted and not scripted.ended:
+            scripted.tell("error", message="interrupted", problems=[])
         print("firn: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (held until the process ends)
         return OK
+    except Exception as error:
+        if scripted and not scripted.ended:
+            scripted.tell("error", **error_facts(RuntimeError(f"{type(error).__name__}: {error}")))
+        raise
 
 
 def _recipe_and_overrides(words: Sequence[str], default: str | None) -> tuple[str, list[str]]:
@@ -190,24 +107,53 @@ def _calm() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _train(work: Callable[[], None], folder: Path) -> int:
-    """Run `work` and turn its end into an exit status with a word on how to go on."""
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is what Ctrl-C is: it is told how to go on. Only for the main thread of this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != here:  # a worker that was forked: it ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(arguments: argparse.Namespace, folder: Path, work: Callable[[Any], Any]) -> int:
+    """Run `work`, which gets a narrator, and turn its end into an exit status with a word on how to go on."""
     from avalanche_firn.plugins.checkpoint_files import CheckpointError
 
+    told: list[str] = []  # shown after the traceback
+    narrator = arguments.scripted or TextNarrator(quiet=arguments.quiet, stopped=told.append)
     try:
-        work()
+        with _terminable():
+            done = work(narrator)
     except ConfigError:
         raise
-    except CheckpointError as error:
-        print(f"firn: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"\nfirn: interrupted; go on with: firn resume {folder}", file=sys.stderr)
-        return INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        print(f"firn: a run failed; after fixing the cause go on with: firn resume {folder}", file=sys.stderr)
-        return FAILED
+    except (KeyboardInterrupt, Exception) as error:
+        event = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        resume = {"resume": resume_command(folder)}
+        if arguments.scripted and not narrator.ended:  # before the first run
+            more = {} if event == "interrupted" else {"error": f"{type(error).__name__}: {error}"}
+            narrator.tell(event, folder=folder, finished=[], left=[], seconds_left=None, report=None, **resume, **more)
+        text = "\n".join(told) or stopped_text(event, resume)
+        if isinstance(error, CheckpointError):
+            text = str(error)
+        elif event == "failed":
+            traceback.print_exc()
+        print("\n" * (event == "interrupted") + f"firn: {text}", file=sys.stderr)
+        return INTERRUPTED if event == "interrupted" else FAILED
+    if not arguments.scripted:
+        print(done)
     return OK
 
 
@@ -223,17 +169,12 @@ def _compared(config: Config | TransferExperiment, **options: Any) -> Any:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    config = _loaded(arguments, _DEFAULT)
+    config = _loaded(arguments, DEFAULT_RECIPE)
     _calm()
     from avalanche_firn.experiments.run_folders import comparison_folder
 
-    return _train(
-        lambda: _shown(_compared(config, fresh=arguments.fresh, quiet=arguments.quiet)), comparison_folder(config)
-    )
-
-
-def _shown(comparison: object) -> None:
-    print(comparison)
+    work = lambda narrator: _compared(config, fresh=arguments.fresh, narrator=narrator)  # noqa: E731
+    return _train(arguments, comparison_folder(config), work)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -253,8 +194,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     single = config.single(method, seed)
     folder = run_folder(comparison_folder(config), method, seed)
-    work = lambda: _shown(_compared(single, fresh=arguments.fresh, quiet=arguments.quiet, summary=False))  # noqa: E731
-    return _train(work, folder)
+    work = lambda narrator: _compared(single, fresh=arguments.fresh, narrator=narrator, summary=False)  # noqa: E731
+    return _train(arguments, folder, work)
 
 
 def _one(config: Config | TransferExperiment, method: object, seed: object) -> tuple[str, int]:
@@ -287,32 +228,54 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.folder} holds no config.yaml; give the folder of a run or of a comparison")
     config = load_experiment(file)
     _calm()
-    return _train(lambda: _shown(_resumed(config, arguments.folder, arguments.quiet)), arguments.folder)
+    return _train(arguments, arguments.folder, lambda narrator: _resumed(config, arguments.folder, narrator))
 
 
-def _resumed(config: Config | TransferExperiment, folder: Path, quiet: bool) -> Any:
+def _resumed(config: Config | TransferExperiment, folder: Path, narrator: Any) -> Any:
     if isinstance(config, TransferExperiment):
         from avalanche_firn.experiments.transfer_comparison import resume_transfers
 
-        return resume_transfers(config, folder, quiet=quiet)
+        return resume_transfers(config, folder, narrator=narrator)
     from avalanche_firn.experiments.comparison import resume
 
-    return resume(config, folder, quiet=quiet)
+    return resume(config, folder, narrator=narrator)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from avalanche_firn.experiments.results import find_runs
+    from avalanche_firn.experiments.results import FILE, files_below, find_runs
+
+    _calm()
+    folders = [Path(word) for word in arguments.words]
+    runs = find_runs([folder for folder in folders if not folder.is_dir() or files_below(folder, FILE)])
+    if any(run.get("experiment") == "transfer" for run in runs):
+        from avalanche_firn.experiments.transfer_comparison import described_transfers, report_transfers
+        from avalanche_firn.experiments.transfer_results import transfer_groups
+
+        text, methods = report_transfers(folders, arguments.output), described_transfers(transfer_groups(runs))
+    else:
+        from avalanche_firn.experiments.comparison import described
+        from avalanche_firn.experiments.report import report_folders
+        from avalanche_firn.experiments.results import group_runs
+
+        text, methods = report_folders(folders, arguments.output), described(group_runs(runs))
+    if arguments.scripted:
+        from avalanche_firn.experiments.unfinished import find_unfinished
+
+        place = arguments.output or (folders[0] / "summary" if len(folders) == 1 else None)
+        written = report_files(place if place is not None and place.is_dir() else None)
+        unfinished = [run.to_dict() for run in find_unfinished(folders)]
+        arguments.scripted.tell("report", methods=methods, unfinished=unfinished, report=written)
+    else:
+        print(text)
+    return OK
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    _calm()
+    from avalanche_firn.experiments.dashboard import open_dashboard
 
     folders = [Path(word) for word in arguments.words]
-    if any(run.get("experiment") == "transfer" for run in find_runs(folders)):
-        from avalanche_firn.experiments.transfer_comparison import report_transfers
-
-        print(report_transfers(folders, arguments.output))
-        return OK
-    from avalanche_firn.experiments.report import report_folders
-
-    print(report_folders(folders, arguments.output))
-    return OK
+    return open_dashboard(folders, port=arguments.port, open_browser=not arguments.no_browser)
 
 
 def _results(arguments: argparse.Namespace) -> int:
@@ -389,6 +352,19 @@ def _check_transfer(config: TransferExperiment, arguments: argparse.Namespace) -
         for line in dry_run_transfers(config, data=not arguments.no_data):
             print(line, flush=True)
     return OK
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "compare": _compare,
+    "run": _run,
+    "resume": _resume,
+    "report": _report,
+    "dashboard": _dashboard,
+    "results": _results,
+    "export": _export,
+    "recipes": _recipes,
+    "check": _check,
+}
 
 
 if __name__ == "__main__":

@@ -2,32 +2,51 @@
 
 The folder of a run belongs to one configuration. A finished run of the same configuration is kept, an interrupted one
 goes on, one of another configuration stops the comparison before anything is trained: results are never mixed, and
-nothing is deleted unless `fresh` says so.
+nothing is deleted unless `fresh` says so. What is told meanwhile, how the time left is estimated and what happens when
+a run breaks off: :mod:`~avalanche_firn.experiments.course`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from avalanche_firn.experiments.config import Config
+from avalanche_firn.experiments.course import Course
+from avalanche_firn.experiments.narration import Narrator, TextNarrator, figures_over_seeds, report_files
 from avalanche_firn.experiments.recipe import dump
 from avalanche_firn.experiments.report import facts, text_table, write_report
+from avalanche_firn.experiments.report_tensorboard import write_dashboard
 from avalanche_firn.experiments.resources import prepare
 from avalanche_firn.experiments.results import Group, group_runs, read_results, write_text
 from avalanche_firn.experiments.run_folders import (
     SUMMARY,
+    Planned,
     comparison_folder,
     delete_runs,
     is_run,
     plan_runs,
     run_folder,
 )
+from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.runner import run
+from avalanche_firn.experiments.unfinished import find_unfinished
 
-__all__ = ["Comparison", "compare", "comparison_folder", "resume", "run_folder"]
+__all__ = ["Comparison", "compare", "comparison_folder", "described", "resume", "run_folder"]
+
+
+def described(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The final table for scripts: per method its figures over the seeds, shares from 0 to 1."""
+    found = []
+    for group in groups:
+        tags = dict.fromkeys(tag for run in group.runs for tag in run["figures"])
+        who = {"method": group.label, "strategy": group.runs[0]["strategy"], "joint": group.joint}
+        figures = figures_over_seeds(group, [*tags, "seconds"])
+        found.append(who | {"seeds": group.seeds, "folders": group.folders, "figures": figures})
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,19 @@ class Comparison:
         counts = f"{self.trained} runs trained" + (f", {kept} kept from before" if kept else "")
         lines = [text_table(self.groups), "", *facts(self.groups), f"{counts}; folder {self.folder}"]
         if self.summary is not None:
-            lines.append(f"Report: {self.summary / 'report.html'}   Dashboard: tensorboard --logdir {self.folder}")
+            lines.append(f"Report: {self.summary / 'report.html'}   Dashboard: firn dashboard {self.folder}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts of the event ``comparison_finished``, see :mod:`~avalanche_firn.experiments.narration`."""
+        return {
+            "folder": self.folder,
+            "trained": self.trained,
+            "kept": len(self.runs) - self.trained,
+            "methods": described(self.groups),
+            "report": report_files(self.summary),
+            "dashboard": None if self.summary is None else f"firn dashboard {shlex.quote(str(self.folder))}",
+        }
 
 
 def compare(
@@ -61,6 +91,7 @@ def compare(
     quiet: bool = False,
     summary: bool = True,
     say: Callable[[str], None] = print,
+    narrator: Narrator | None = None,
 ) -> Comparison:
     """Train what is missing, and summarise.
 
@@ -71,6 +102,7 @@ def compare(
         quiet: no progress bars, no line per experience.
         summary: write the comparison's own ``config.yaml`` and ``summary/``; off for a single run.
         say: takes the lines of progress.
+        narrator: hears what happens, in the place of `quiet` and `say`.
 
     Returns:
         Results by method, best last accuracy first.
@@ -88,25 +120,57 @@ def compare(
     if summary:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump(config))
-    runs, images = [], dict[str, Any]()
-    for number, planned in enumerate(plan, 1):
-        if not planned.finished and not quiet:
-            label = f"{planned.config.methods[0].name} seed {planned.config.seeds[0]}"
-            say(f"[{number}/{len(plan)}] {label}")
-        runs.append(run(planned.config, planned.folder, quiet=quiet, say=say, images=images))
-    groups = tuple(group_runs(runs))
-    target = folder / SUMMARY if summary else None
-    if target is not None:
-        write_report(target, groups, title=config.name)
-    return Comparison(folder, groups, sum(not planned.finished for planned in plan), target)
+        if not any(planned.finished for planned in plan):
+            write_dashboard(folder / SUMMARY, [])  # a TensorBoard that is open reads the columns of its table only once
+    return _done(config, folder, plan, narrator or TextNarrator(say, quiet=quiet), summary=summary)
 
 
-def resume(config: Config, folder: Path, *, quiet: bool = False, say: Callable[[str], None] = print) -> Comparison:
+def resume(
+    config: Config,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    say: Callable[[str], None] = print,
+    narrator: Narrator | None = None,
+) -> Comparison:
     """Go on in a folder whose ``config.yaml`` is `config`: the folder of a comparison or of a single run."""
     if not is_run(config, folder):
-        return compare(config, folder=folder, quiet=quiet, say=say)
+        return compare(config, folder=folder, quiet=quiet, say=say, narrator=narrator)
     finished = read_results(folder) is not None
     if not finished:
         prepare(config)
-    groups = tuple(group_runs([run(config, folder, quiet=quiet, say=say)]))
-    return Comparison(folder, groups, 0 if finished else 1, None)
+    plan = [Planned(config, folder, finished)]
+    return _done(config, folder, plan, narrator or TextNarrator(say, quiet=quiet), summary=False)
+
+
+def _done(
+    config: Config, folder: Path, plan: Sequence[Planned[Config]], narrator: Narrator, *, summary: bool
+) -> Comparison:
+    """Do a plan and summarise it."""
+    target = folder / SUMMARY if summary else None
+
+    def report(runs: Sequence[dict[str, Any]]) -> Path:
+        place = folder / SUMMARY
+        write_report(place, group_runs(runs), title=config.name, unfinished=find_unfinished([folder]))
+        return place / "report.html"
+
+    images: dict[str, Any] = {}
+
+    def one(planned: Planned[Config], watch: RunWatch) -> dict[str, Any]:
+        return run(planned.config, planned.folder, quiet=narrator.quiet, images=images, watch=watch)
+
+    course = Course(
+        plan,
+        name=config.name,
+        folder=folder,
+        narrator=narrator,
+        progress=config.progress,
+        resume=folder if summary else None,
+        report=report if summary else None,
+    )
+    runs = course.work(one)
+    if not course.last_report():
+        target = None
+    done = Comparison(folder, tuple(group_runs(runs)), sum(not planned.finished for planned in plan), target)
+    narrator.tell("comparison_finished", **done.to_dict())
+    return done

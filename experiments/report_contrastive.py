@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from avalanche_firn.evaluation.contrastive_report import BOUNDS
+from avalanche_firn.experiments.report_parts import Drawn
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["contrastive_curves_drawn", "contrastive_facts", "contrastive_tables"]
@@ -86,10 +87,11 @@ def _vacuous(group: Group, name: str) -> list[bool]:
     return [any(column) for column in zip(*flags, strict=True)]
 
 
-def contrastive_curves_drawn(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """Tags and captions of what is drawn over the tasks."""
+def contrastive_curves_drawn(groups: Sequence[Group]) -> list[Drawn]:
+    """What is drawn over the tasks."""
     chosen = _contrastive(groups)
-    drawn = [(_COEFFICIENT, "weight of the distillation")] if chosen else []
+    drawn = [Drawn(_COEFFICIENT, "weight of the distillation", "weight", False)] if chosen else []
     if any(_cells(group, "cila/bound/measured") for group in chosen):
-        drawn.append(("cila/bound/measured", "held-out contrastive loss, mean over tasks seen, nats"))
+        caption = "held-out contrastive loss, mean over tasks seen"
+        drawn.append(Drawn("cila/bound/measured", caption, "loss (nats)", False))
     return drawn

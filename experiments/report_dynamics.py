@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
+
+from matplotlib.figure import Figure
 
 from avalanche_firn.evaluation.dynamics import Dynamics
-from avalanche_firn.evaluation.figures import save_figure
+from avalanche_firn.evaluation.figures import FONT, WIDTH
 from avalanche_firn.experiments.dynamics_results import DYNAMICS
-from avalanche_firn.experiments.report_text import file_name
+from avalanche_firn.experiments.report_figures import Drawing
+from avalanche_firn.experiments.report_parts import Picture
 from avalanche_firn.experiments.results import Group
 
-__all__ = ["dynamics_facts", "dynamics_pictures", "dynamics_tables"]
+__all__ = ["dynamics_facts", "dynamics_pictures", "dynamics_pictures_of", "dynamics_tables"]
 
+_FEW = 6  # methods whose losses are drawn too, two figures each; our choice
+
+_EFFECT = "block-effect"
 _CAPTIONS = {
-    "block-effect": "change of every task's loss while a task is trained",
+    _EFFECT: "change of every task's loss while a task is trained, on a scale of its own",
     "loss-map": "loss of every task over training",
     "curves": "loss of every task over training, mean bold",
 }
@@ -51,13 +56,39 @@ def dynamics_facts(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def dynamics_pictures(folder: Path, groups: Sequence[Group]) -> list[tuple[str, Path]]:
-    """Heat maps and curves of the first seed of every method, written to the folder."""
-    done = []
-    for group in _measured(groups):
-        run = group.runs[0]
-        safe = file_name(group.label)
-        for name, figure in Dynamics.from_dict(run["dynamics"]).figures().items():
-            caption = f"{group.label}: {_CAPTIONS[name]}, seed {run['seed']}"
-            done.append((caption, save_figure(figure, folder / f"dynamics-{name}-{safe}.png")))
-    return done
+def dynamics_pictures(groups: Sequence[Group], drawing: Drawing) -> tuple[list[Picture], list[Picture]]:
+    """Of the first seed of every method: heat maps of effects; and losses over training, where methods are few."""
+    chosen = _measured(groups)
+    kinds = [kind for kind in _CAPTIONS if kind == _EFFECT or len(chosen) <= _FEW]
+    found = [dynamics_pictures_of(Dynamics.from_dict(group.runs[0]["dynamics"]), kinds) for group in chosen]
+    effects: list[Picture] = []
+    losses: list[Picture] = []
+    for kind in kinds:
+        for group, figures in zip(chosen, found, strict=True):
+            if kind in figures:
+                caption = f"{group.label}: {_CAPTIONS[kind]}, seed {group.seeds[0]}"
+                picture = drawing.picture(figures[kind], f"dynamics-{kind}-{group.label}", caption, _told(group))
+                (effects if kind == _EFFECT else losses).append(picture)
+    return effects, losses
+
+
+def dynamics_pictures_of(dynamics: Dynamics, kinds: Collection[str]) -> dict[str, Figure]:
+    """Of :meth:`~avalanche_firn.evaluation.dynamics_result.Dynamics.figures` those named, made to fit a phone."""
+    found = {}
+    for kind, figure in dynamics.figures().items():
+        if kind in kinds:
+            width, height = figure.get_size_inches()
+            maps = kind == _EFFECT
+            figure.set_size_inches(WIDTH, max(2.2, height * WIDTH / width) if maps else min(max(height, 2.4), 3.4))
+            for legend in figure.legends:
+                legend.remove()
+            if kind == "curves":
+                figure.legend(loc="outside lower center", frameon=False, fontsize=FONT)
+            found[kind] = figure
+    return found
+
+
+def _told(group: Group) -> str:
+    known = [(name, group.interval(tag)) for tag, name in DYNAMICS.items()]
+    told = [f"{name} {interval.format(1.0, 2)}" for name, interval in known if interval is not None]
+    return f"Totals over the tasks, mean over seeds: {'; '.join(told)}" if told else "Totals were not measured"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from avalanche_firn.experiments.report_parts import Drawn
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["lora_curves_drawn", "lora_facts", "lora_tables"]
@@ -53,7 +54,7 @@ def lora_facts(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def lora_curves_drawn(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """Tags and captions of what is drawn over the tasks."""
+def lora_curves_drawn(groups: Sequence[Group]) -> list[Drawn]:
+    """What is drawn over the tasks."""
     inferring = any(_INFERENCE in run["curves"] for group in groups for run in group.runs)
-    return [(_INFERENCE, "share of samples sent to their own task")] if inferring else []
+    return [Drawn(_INFERENCE, "share of samples sent to their own task", "share")] if inferring else []

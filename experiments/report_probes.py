@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from avalanche_firn.evaluation.statistics import paired_difference
+from avalanche_firn.experiments.report_words import NOT_ZERO, difference_cell, shared_seeds
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["probe_facts", "probe_tables", "probe_tags"]
@@ -38,9 +39,8 @@ def probe_tables(groups: Sequence[Group]) -> list[Table]:
     differences = _differences(groups, tags)
     if differences:
         heads = ["difference, percent points", *(tag.removeprefix("probe/") for tag in tags), "seeds"]
-        found.append(
-            ("Paired differences of representations (mean ± 95 % interval over common seeds)", heads, differences)
-        )
+        title = f"Paired differences of representations (mean ± 95 % interval over common seeds; {NOT_ZERO})"
+        found.append((title, heads, differences))
     return found
 
 
@@ -52,9 +52,9 @@ def _differences(groups: Sequence[Group], tags: Sequence[str]) -> list[list[str]
         first, cells, common = continual[0], [], []
         for tag in tags:
             mine, theirs = (dict(zip(g.seeds, g.values(tag), strict=True)) for g in (first, other))
-            common = [s for s in first.seeds if mine[s] is not None and theirs.get(s) is not None]
+            common = [s for s in shared_seeds(first, other) if mine[s] is not None and theirs[s] is not None]
             ours, others = ([float(values[s] or 0.0) for s in common] for values in (mine, theirs))
-            cells.append(paired_difference(ours, others).format() if common else "-")
+            cells.append(difference_cell(paired_difference(ours, others)) if common else "-")
         if any(cell != "-" for cell in cells):
             rows.append([f"{first.label} - {other.label}", *cells, str(len(common))])
     return rows

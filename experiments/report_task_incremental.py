@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from avalanche_firn.evaluation.task_incremental import TASK_PREFIX
+from avalanche_firn.experiments.report_parts import Drawn
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["task_curves", "task_facts", "task_tables", "task_tags"]
@@ -40,9 +41,9 @@ def task_tables(groups: Sequence[Group]) -> list[Table]:
     return [(_TITLE, ["method", *(head for _, head in _COLUMNS)], rows)]
 
 
-def task_curves(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """Tags and captions of what is drawn over the tasks."""
-    return [(f"{TASK_PREFIX}{name}", caption) for name, caption in _CURVES] if task_tags(groups) else []
+def task_curves(groups: Sequence[Group]) -> list[Drawn]:
+    """What is drawn over the tasks."""
+    return [Drawn(f"{TASK_PREFIX}{name}", caption) for name, caption in _CURVES] if task_tags(groups) else []
 
 
 def task_facts(groups: Sequence[Group]) -> list[str]:

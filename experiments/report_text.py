@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
+
+from avalanche_firn.experiments.report_parts import Block, Code, DataTable, Picture, Report, Terms, Text
 
 __all__ = ["Table", "aligned", "file_name", "markdown_report"]
 
+_LONGEST = 180  # bytes; file systems accept 255, and an ending and that of a temporary file come behind
 Table = tuple[str, list[str], list[list[str]]]
 """Title, heading, rows."""
 
@@ -23,22 +26,57 @@ def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(heads), line(["-" * width for width in widths]), *(line(row) for row in rows)])
 
 
-def markdown_report(
-    title: str, facts: Sequence[str], tables: Sequence[Table], pictures: Sequence[tuple[str, Path]]
-) -> str:
-    """Markdown text. `pictures`: (caption, file), linked by the name of the file: they lie beside the report."""
+def markdown_report(report: Report) -> str:
+    """Markdown text of a whole report; pictures are linked by the name of their file, which lies beside it."""
+    parts = [f"# {_plain(report.title)}", ""]
+    for line in report.result:
+        parts += [f"**{_plain(line)}**", ""]
+    for line in report.cautions:
+        parts += [f"> **CAUTION:** {_plain(line)}", ""]
+    parts += [*(f"{_plain(line)}  " for line in report.facts), ""]
+    for section in report.sections:
+        if section.blocks:
+            parts += [f"## {_plain(section.title)}", "", *_blocks(section.blocks)]
+    return "\n".join(parts).rstrip("\n") + "\n"
 
+
+def _blocks(blocks: Sequence[Block]) -> list[str]:
+    return [line for block in blocks for line in [*_block(block), ""]]
+
+
+def _block(block: Block) -> list[str]:
+    if isinstance(block, Text):
+        return [_plain(block.text)]
+    if isinstance(block, DataTable):
+        return _table(block)
+    if isinstance(block, Picture):
+        caption = _plain(block.caption).replace("]", "\\]")
+        return [f"![{caption}: {_plain(block.alternative).replace(']', chr(92) + ']')}]({block.name}.svg)", "", caption]
+    if isinstance(block, Code):
+        longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
+        fence = "`" * max(3, longest + 1)
+        return [fence, block.text.rstrip("\n"), fence]
+    if isinstance(block, Terms):
+        return [f"- **{_plain(term)}**: {_plain(text)}" for term, text in block.rows]
+    title = _plain(block.title).replace("\\<", "&lt;")
+    return [f"<details><summary>{title}</summary>", "", *_blocks(block.blocks), "</details>"]
+
+
+def _table(table: DataTable) -> list[str]:
     def row(values: Sequence[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+        return "| " + " | ".join(_plain(value).replace("|", "\\|") for value in values) + " |"
 
-    parts = [f"# {title}", "", *(f"{line}  " for line in facts), ""]
-    for name, heads, rows in tables:
-        parts += [f"## {name}", "", row(heads), row(["---"] * len(heads)), *(row(r) for r in rows), ""]
-    for caption, path in pictures:
-        parts += [f"![{caption}]({path.name})", ""]
-    return "\n".join(parts)
+    rows = [row(values) for values in table.rows]
+    lines = [f"### {_plain(table.title)}", "", row(table.heads), row(["---"] * len(table.heads)), *rows]
+    return lines + (["", _plain(table.note)] if table.note else [])
+
+
+def _plain(text: str) -> str:
+    """On one line, no HTML, no link and no picture: a name can't load anything from elsewhere."""
+    return " ".join(text.splitlines()).replace("\\", "\\\\").replace("<", "\\<").replace("](", "]\\(")
 
 
 def file_name(label: str) -> str:
-    """A label as part of a file name: letters, digits, points, dashes and underscores stay."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
+    """A label as part of a file name: letters, digits, points, dashes and underscores stay; at most 180 bytes."""
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
+    return name.encode()[:_LONGEST].decode(errors="ignore")

@@ -6,10 +6,11 @@ the bit by a run that was interrupted and resumed.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,18 @@ from typing import Any
 from avalanche_firn.evaluation.statistics import Interval, mean_interval
 from avalanche_firn.experiments.errors import ConfigError
 
-__all__ = ["FIGURES", "FORMAT", "Group", "find_runs", "group_runs", "read_results", "write_json", "write_text"]
+__all__ = [
+    "FIGURES",
+    "FORMAT",
+    "Group",
+    "RunResults",
+    "files_below",
+    "find_runs",
+    "group_runs",
+    "read_results",
+    "write_json",
+    "write_text",
+]
 
 FORMAT = 1
 FILE = "results.json"
@@ -31,14 +43,36 @@ FIGURES = (
 )
 
 
+class RunResults(dict[str, Any]):
+    """The content of a ``results.json``, and the folder that it lies in (None if it comes from nowhere)."""
+
+    def __init__(self, content: Mapping[str, Any], folder: Path | None = None) -> None:
+        super().__init__(content)
+        self.folder = folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two reports may be written at once
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def files_below(folder: Path, name: str) -> list[Path]:
+    """Files of a name (or pattern) in or below a folder, sorted.
+
+    Unlike ``Path.rglob`` it isn't stopped by folders that vanish meanwhile, as checkpoints of a run do.
+    """
+    found = []
+    for place, _, files in os.walk(folder):
+        found += [Path(place, file) for file in fnmatch.filter(files, name)]
+    return sorted(found)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,7 +80,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_results(folder: Path) -> dict[str, Any] | None:
+def read_results(folder: Path) -> RunResults | None:
     """The results of a finished run, None where the run isn't finished.
 
     Raises:
@@ -61,20 +95,20 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path} can't be read: {error}") from None
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise ConfigError(f"{path} isn't a results file of format {FORMAT}")
-    return results
+    return RunResults(results, folder)
 
 
-def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
+def find_runs(folders: Iterable[Path]) -> list[RunResults]:
     """Results of all finished runs in or below the folders, each once, in the order of their paths.
 
     Raises:
         ConfigError: a folder doesn't exist or holds no finished run.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, RunResults] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder} isn't a folder; give folders of runs or comparisons")
-        paths = sorted(folder.rglob(FILE))
+        paths = files_below(folder, FILE)
         if not paths:
             raise ConfigError(f"{folder} holds no finished run (no {FILE} in or below it)")
         for path in paths:
@@ -100,6 +134,11 @@ class Group:
     def seeds(self) -> list[int]:
         """Seeds of the runs."""
         return [run["seed"] for run in self.runs]
+
+    @property
+    def folders(self) -> list[Path | None]:
+        """Folder of each run, where ``metrics.csv`` and ``config.yaml`` lie; None for results made elsewhere."""
+        return [getattr(run, "folder", None) for run in self.runs]
 
     def values(self, tag: str) -> list[float | None]:
         """One value per seed of a figure, or of ``seconds``."""

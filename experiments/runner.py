@@ -30,6 +30,7 @@ from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.matrix import ResultMatrix
 from avalanche_firn.evaluation.metrics import ResultMatrixMetric, continual_metrics
 from avalanche_firn.evaluation.representation import RepresentationProbe
+from avalanche_firn.evaluation.task_confusion import WITHIN_TASK, TaskConfusion
 from avalanche_firn.evaluation.task_incremental import TASK_PREFIX, TaskIncrementalMatrixMetric
 from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
 from avalanche_firn.experiments.config import Config
@@ -49,7 +50,7 @@ from avalanche_firn.experiments.environment import describe_environment, resolve
 from avalanche_firn.experiments.lora_results import lora_curves, lora_protocol, lora_results
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
 from avalanche_firn.experiments.performance_section import FIGURES as PERFORMANCE
-from avalanche_firn.experiments.progress import ProgressPlugin, RunClock, bars_wanted
+from avalanche_firn.experiments.progress import RunClock
 from avalanche_firn.experiments.recipe import dump
 from avalanche_firn.experiments.resources import (
     build_backbone,
@@ -59,7 +60,10 @@ from avalanche_firn.experiments.resources import (
     hold_stream,
     stream_normalization,
 )
-from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
+from avalanche_firn.experiments.results import FILE, FORMAT, RunResults, read_results, write_json, write_text
+from avalanche_firn.experiments.run_watch import RunWatch
+from avalanche_firn.experiments.slca_results import slca_curves
+from avalanche_firn.experiments.tensorboard_table import RUN_SECONDS, hyper_parameters
 from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
@@ -79,6 +83,7 @@ class _Recorder:
 
     matrix: ResultMatrixMetric
     given_task: TaskIncrementalMatrixMetric | None
+    confusion: TaskConfusion
     probes: list[RepresentationProbe]
     bound: ContrastiveBound | None
     dynamics: TaskDynamics | None
@@ -100,7 +105,8 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     given_task = TaskIncrementalMatrixMetric(stream=name, forgetting_kind=kind) if section.task_incremental else None
     bound = build_bound(config, stream, evaluated)
     dynamics = build_dynamics(config, stream, evaluated)
-    extra += [metric for metric in (given_task, bound, dynamics) if metric is not None]
+    confusion = TaskConfusion(stream=name)
+    extra += [metric for metric in (given_task, confusion, bound, dynamics) if metric is not None]
     board, table = TensorboardLogger(folder), CsvLogger(folder / _METRICS)
     evaluator = EvaluationPlugin(
         *metrics,
@@ -113,7 +119,7 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     matrix = next(metric for metric in metrics if isinstance(metric, ResultMatrixMetric))
     efficiency = next(metric for metric in metrics if isinstance(metric, Efficiency))
     try:
-        yield _Recorder(matrix, given_task, probes, bound, dynamics, efficiency, evaluator, board, table)
+        yield _Recorder(matrix, given_task, confusion, probes, bound, dynamics, efficiency, evaluator, board, table)
     finally:
         board.writer.close()
         table.close()
@@ -126,6 +132,7 @@ def run(
     quiet: bool = False,
     say: Callable[[str], None] | None = print,
     images: dict[str, Any] | None = None,
+    watch: RunWatch | None = None,
 ) -> dict[str, Any]:
     """Train one method with one seed in `folder`, or finish an interrupted run there; a finished one is only read.
 
@@ -135,6 +142,7 @@ def run(
         quiet: no progress bars and no line per experience.
         say: takes the line per experience; None for silence.
         images: decoded ones, which runs with the same dictionary share.
+        watch: told of every experience, and draws the bars, in the place of `say`.
 
     Returns:
         The content of ``results.json``.
@@ -175,30 +183,38 @@ def run(
     )
     _record_environment(folder, device, backbone, held, resumed=resumed)
     clock, cache = RunClock(), FeatureCache()
+    watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
     try:
         with _recorder(config, folder, continual, evaluated, cache) as recorder:
             plugins: list[SupervisedPlugin] = [*_fast_path(config), checkpoint]
-            if bars_wanted(config.progress, quiet):
-                plugins.insert(0, ProgressPlugin(label=f"{method.name} seed {seed}", tasks=len(stream.train)))
             normalization = stream_normalization(config, backbone.data_config)
             strategy = build_strategy(
                 Ingredients(config, backbone, device, plugins, recorder.evaluator, cache, normalization)
             )
+            if (bars := watch.plugin(len(stream.train))) is not None:
+                strategy.plugins.insert(0, bars)  # before others: it shows what they begin
             strategy.plugins.insert(0, clock)  # first: what others do before an evaluation counts
             seed_everything(seed)  # again: what loading the backbone drew must not shift the order of the data
             if not resumed:
                 log_text_config(recorder.board.writer, dump(config))
             for index in _train(config, strategy, checkpoint, stream, evaluated):
-                if say is not None and not quiet:
-                    say(_line(config, recorder.matrix.matrix, stream, index, clock.seconds))
+                watch.experience(
+                    index=index,
+                    tasks=len(stream.train),
+                    classes=sorted(stream.train[index].classes_in_this_experience),
+                    figures=recorder.matrix.matrix.summary(index),
+                    seconds=clock.seconds,
+                )
             results = _results(config, stream, backbone, recorder, strategy, clock.seconds)
-            log_hparams(recorder.board.writer, config.identity() | {"seeds": seed}, _logged(recorder))
+            seconds = {RUN_SECONDS: results["cost"]["seconds"]}
+            log_hparams(recorder.board.writer, hyper_parameters(config), seconds, experiment=False)
         write_json(folder / FILE, results)
     finally:
+        watch.close()
         checkpoint.close()
     for older in checkpoints(place)[1:]:
         shutil.rmtree(older)
-    return results
+    return RunResults(results, folder)
 
 
 def _fast_path(config: Config) -> list[SupervisedPlugin]:
@@ -245,22 +261,6 @@ def _record_environment(
     write_json(path, environment)
 
 
-def _line(config: Config, matrix: ResultMatrix, stream: Stream, index: int, seconds: float) -> str:
-    figures = matrix.summary(index)
-    shown = ((name, figures[f"accuracy/{name}"]) for name in ("last", "average"))
-    accuracies = ", ".join(f"{name} {100 * value:.2f} %" for name, value in shown if value is not None)
-    classes = sorted(stream.train[index].classes_in_this_experience)
-    listed = f"classes {' '.join(map(str, classes))}" if len(classes) <= 10 else f"{len(classes)} classes"
-    head = f"{config.methods[0].name} seed {config.seeds[0]} task {index + 1}/{len(stream.train)} ({listed})"
-    return f"{head}: accuracy {accuracies}; {seconds:.1f} s"
-
-
-def _logged(recorder: _Recorder) -> list[str]:
-    """Tags of the final figures that the run has written, for its row in the hparams table."""
-    metrics = [m for m in (recorder.matrix, recorder.given_task) if m is not None]
-    return [f"{m.prefix}{name}" for m in metrics for name, value in m.matrix.summary().items() if value is not None]
-
-
 def _curves(matrix: ResultMatrix, prefix: str = "") -> dict[str, list[float | None]]:
     """Every figure after every step."""
     steps = [matrix.summary(t) for t in range(matrix.shape[0])]
@@ -286,7 +286,9 @@ def _results(
     kind = METHODS[method.strategy]
     curves: dict[str, Any] = _curves(matrix) | ({} if given_task is None else _curves(given_task, TASK_PREFIX))
     curves |= {name: curve for probe in recorder.probes for name, curve in probe.curves().items()}
-    curves |= contrastive_curves(strategy, recorder.bound) | lora_curves(strategy)
+    curves |= contrastive_curves(strategy, recorder.bound) | lora_curves(strategy) | slca_curves(strategy)
+    within = recorder.confusion.curve()
+    curves |= {WITHIN_TASK: within} if within else {}
     return {
         "format": FORMAT,
         "recipe": config.name,
@@ -320,6 +322,7 @@ def _results(
         "curves": curves,
         **_matrices(matrix),
         "task_incremental": None if given_task is None else _matrices(given_task),
+        "task_confusion": {"counts": recorder.confusion.result()},
         "probes": [
             {"protocol": probe.protocol(), "matrices": {name: m.to_dict() for name, m in probe.matrices.items()}}
             for probe in recorder.probes

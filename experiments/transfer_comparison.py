@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,34 +12,49 @@ import torch
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins import EvaluationPlugin
 
+from avalanche_firn.experiments.course import Course
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
+from avalanche_firn.experiments.narration import Narrator, TextNarrator, figures_over_seeds, report_files
 from avalanche_firn.experiments.pretraining import (
     build_network,
     held_out_figures,
     pretraining_strategy,
     pretraining_stream,
 )
-from avalanche_firn.experiments.progress import bars_wanted
 from avalanche_firn.experiments.recipe import dump
-from avalanche_firn.experiments.results import find_runs, read_results, write_text
-from avalanche_firn.experiments.run_folders import SUMMARY, comparison_folder, delete_runs, is_run, plan_runs
+from avalanche_firn.experiments.report_unfinished import unfinished_text
+from avalanche_firn.experiments.results import FILE, files_below, find_runs, read_results, write_text
+from avalanche_firn.experiments.run_folders import SUMMARY, Planned, comparison_folder, delete_runs, is_run, plan_runs
+from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 from avalanche_firn.experiments.transfer_data import TransferData, build_data, random_data
 from avalanche_firn.experiments.transfer_protocols import run_transfers
 from avalanche_firn.experiments.transfer_report import TransferGroup, transfer_facts, transfer_groups, transfer_table
 from avalanche_firn.experiments.transfer_report import write_transfer_report as write_report
+from avalanche_firn.experiments.transfer_results import COLUMNS
 from avalanche_firn.experiments.transfer_run import run
+from avalanche_firn.experiments.unfinished import find_unfinished
 
 __all__ = [
     "TransferComparison",
     "compare_transfers",
+    "described_transfers",
     "dry_run_transfers",
     "outline_transfers",
     "prepare_transfers",
     "report_transfers",
     "resume_transfers",
 ]
+
+
+def described_transfers(groups: Sequence[TransferGroup]) -> list[dict[str, Any]]:
+    """The final table for scripts: per way of pre-training and optimizer its figures over the seeds."""
+    found = []
+    for group in groups:
+        who = {"method": group.method, "optimizer": group.optimizer, "strategy": group.runs[0]["strategy"]}
+        found.append(who | {"seeds": group.seeds, "figures": figures_over_seeds(group, [c[0] for c in COLUMNS])})
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,8 +77,19 @@ class TransferComparison:
             f"{counts}; folder {self.folder}",
         ]
         if self.summary is not None:
-            lines.append(f"Report: {self.summary / 'report.html'}   Dashboard: tensorboard --logdir {self.folder}")
+            lines.append(f"Report: {self.summary / 'report.html'}   Dashboard: firn dashboard {self.folder}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts of the event ``comparison_finished``, see :mod:`~avalanche_firn.experiments.narration`."""
+        return {
+            "folder": self.folder,
+            "trained": self.trained,
+            "kept": len(self.runs) - self.trained,
+            "methods": described_transfers(self.groups),
+            "report": report_files(self.summary),
+            "dashboard": None if self.summary is None else f"firn dashboard {shlex.quote(str(self.folder))}",
+        }
 
 
 def compare_transfers(
@@ -73,6 +100,7 @@ def compare_transfers(
     quiet: bool = False,
     summary: bool = True,
     say: Callable[[str], None] = print,
+    narrator: Narrator | None = None,
 ) -> TransferComparison:
     """Do the runs that are missing, and summarise; see :func:`avalanche_firn.experiments.comparison.compare`."""
     folder = comparison_folder(config) if folder is None else folder
@@ -83,38 +111,81 @@ def compare_transfers(
     if summary:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump(config))
-    runs = []
-    for number, planned in enumerate(plan, 1):
-        if not planned.finished and not quiet:
-            label = f"{planned.config.methods[0].name} seed {planned.config.seeds[0]}"
-            say(f"[{number}/{len(plan)}] {label}")
-        runs.append(_run(planned.config, planned.folder, data, quiet, say))
-    groups = tuple(transfer_groups(runs))
-    target = folder / SUMMARY if summary else None
-    if target is not None:
-        write_report(target, groups, title=config.name, runs_folder=folder)
-    return TransferComparison(folder, groups, tuple(runs), sum(not p.finished for p in plan), target)
+    return _done(config, folder, plan, data, narrator or TextNarrator(say, quiet=quiet), summary=summary)
 
 
 def resume_transfers(
-    config: TransferExperiment, folder: Path, *, quiet: bool = False, say: Callable[[str], None] = print
+    config: TransferExperiment,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    say: Callable[[str], None] = print,
+    narrator: Narrator | None = None,
 ) -> TransferComparison:
     """Go on in a folder whose ``config.yaml`` is `config`: that of an experiment or of a single run."""
     if not is_run(config, folder):
-        return compare_transfers(config, folder=folder, quiet=quiet, say=say)
+        return compare_transfers(config, folder=folder, quiet=quiet, say=say, narrator=narrator)
     finished = read_results(folder) is not None
     data = None if finished else _prepared(config)[1]
-    done = _run(config, folder, data, quiet, say)
-    return TransferComparison(folder, tuple(transfer_groups([done])), (done,), 0 if finished else 1, None)
+    plan = [Planned(config, folder, finished)]
+    return _done(config, folder, plan, data, narrator or TextNarrator(say, quiet=quiet), summary=False)
+
+
+def _done(
+    config: TransferExperiment,
+    folder: Path,
+    plan: Sequence[Planned[TransferExperiment]],
+    data: TransferData | None,
+    narrator: Narrator,
+    *,
+    summary: bool,
+) -> TransferComparison:
+    """Do a plan and summarise it."""
+    target = folder / SUMMARY if summary else None
+
+    def report(runs: Sequence[dict[str, Any]]) -> Path:
+        place = folder / SUMMARY
+        unfinished = find_unfinished([folder])
+        write_report(place, transfer_groups(runs), title=config.name, runs_folder=folder, unfinished=unfinished)
+        return place / "report.html"
+
+    def one(planned: Planned[TransferExperiment], watch: RunWatch) -> dict[str, Any]:
+        assert data is not None
+        return run(planned.config, planned.folder, data, watch=watch)
+
+    course = Course(
+        plan,
+        name=config.name,
+        folder=folder,
+        narrator=narrator,
+        progress=config.progress,
+        resume=folder if summary else None,
+        report=report if summary else None,
+    )
+    runs = course.work(one)
+    if not course.last_report():
+        target = None
+    trained = sum(not planned.finished for planned in plan)
+    done = TransferComparison(folder, tuple(transfer_groups(runs)), tuple(runs), trained, target)
+    narrator.tell("comparison_finished", **done.to_dict())
+    return done
 
 
 def report_transfers(folders: Sequence[Path], output: Path | None = None) -> str:
     """Table and facts of all finished runs in the folders; writes the report as ``firn report`` says.
 
+    Unfinished runs are listed apart. Where there are no others, nothing but that list is returned and no file written:
+    everything in a report of transfers is made of results.
+
     Raises:
-        ConfigError: a folder without finished runs, runs of comparisons on a stream among them, the same run twice.
+        ConfigError: a folder without runs, runs of comparisons on a stream among them, the same run twice.
     """
-    runs = find_runs(folders)
+    unfinished = find_unfinished(folders)
+    waiting = {folder for folder in folders if not files_below(folder, FILE) and find_unfinished([folder])}
+    with_results = [folder for folder in folders if folder not in waiting]
+    if not with_results and unfinished:
+        return f"No run is finished yet.\n\n{unfinished_text(unfinished)}"
+    runs = find_runs(with_results)
     if any(run.get("experiment") != "transfer" for run in runs):
         raise ConfigError("transfer experiments and comparisons on a stream have no table in common; give one kind")
     groups = transfer_groups(runs)
@@ -124,19 +195,10 @@ def report_transfers(folders: Sequence[Path], output: Path | None = None) -> str
         if output.exists() and not output.is_dir():
             raise ConfigError(f"{output} is a file; give a folder for the report")
         title = folders[0].resolve().name if len(folders) == 1 else "runs"
-        write_report(output, groups, title=title, runs_folder=list(folders))
+        write_report(output, groups, title=title, runs_folder=list(folders), unfinished=unfinished)
     lines = [transfer_table(groups), "", *transfer_facts(groups, runs_folder=list(folders))]
+    lines += ["", unfinished_text(unfinished)] if unfinished else []
     return "\n".join(lines + ([f"Report: {output / 'report.html'}"] if output is not None else []))
-
-
-def _run(
-    config: TransferExperiment, folder: Path, data: TransferData | None, quiet: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
-    finished = read_results(folder)
-    if finished is not None:
-        return finished
-    assert data is not None
-    return run(config, folder, data, quiet=quiet, bar=bars_wanted(config.progress, quiet), say=say)
 
 
 def _prepared(config: TransferExperiment) -> tuple[torch.device, TransferData]:

@@ -1,7 +1,7 @@
-"""Pictures of a report of transfers: accuracy over classes, interference against synergy, dynamics, landscapes.
+"""Figures of a report of transfers: accuracy over classes, interference against synergy, dynamics, landscapes.
 
 Curves and bars are over all seeds. What happens to single classes, and landscapes, are those of the first seed and its
-first trial, read from the files that the runs left; a run without them costs no more than its picture.
+first trial, read from the files that the runs left; a run without them costs no more than its figure.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
-from PIL import Image
 
 from avalanche_firn.evaluation.dynamics_result import Dynamics
-from avalanche_firn.evaluation.figures import DPI, PALETTE, curves_figure, save_figure
+from avalanche_firn.evaluation.figures import FONT, MUTED, PALETTE, WIDTH, inked, new_figure, tidy, wrapped
 from avalanche_firn.evaluation.landscape import Landscape
 from avalanche_firn.experiments.errors import ConfigError
-from avalanche_firn.experiments.report_text import file_name
-from avalanche_firn.experiments.transfer_results import TransferGroup
+from avalanche_firn.experiments.report_dynamics import dynamics_pictures_of
+from avalanche_firn.experiments.report_figures import Drawing
+from avalanche_firn.experiments.report_parts import Block, Folded, Picture, Section
+from avalanche_firn.experiments.transfer_results import EFFECTS, TransferGroup
 from avalanche_firn.experiments.transfer_run import dynamics_file
 
-__all__ = ["continual_curves", "effects_figure", "transfer_pictures"]
+__all__ = ["continual_curves", "effects_figure", "transfer_sections"]
 
 Curves = dict[str, NDArray[np.float64]]
 _CROWD = 7  # lines that can be told apart at a glance: as many as there are colours
+_SHOWN = 6  # pictures of a kind that stand open; more are opened on demand. Our choice
 _DYNAMICS = {
     "block-effect": "change of each class's loss while a class is learnt",
     "loss-map": "loss of each class over the continual transfer",
@@ -67,84 +68,97 @@ def effects_figure(groups: Sequence[TransferGroup]) -> Figure | None:
             rows.append((group.label, harm, gain))
     if not rows:
         return None
-    figure = Figure(figsize=(7.4, 0.34 * len(rows) + 1.5), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    names = [wrapped(label, 22) for label, *_ in rows]
+    height = sum(0.1 + 0.17 * max(1 + name.count("\n"), 1.4) for name in names)
+    figure = new_figure(WIDTH, height + 1.1)
     axes = figure.add_subplot()
     places = np.arange(len(rows))
-    look: dict[str, Any] = {"height": 0.7, "error_kw": {"ecolor": "#404040", "elinewidth": 1.2}, "capsize": 3}
+    look: dict[str, Any] = {"height": 0.7, "error_kw": {"ecolor": MUTED, "elinewidth": 1.2}, "capsize": 3}
     _, harms, gains = zip(*rows, strict=True)
     for name, colour, sign, intervals in (("synergy", PALETTE[0], -1, gains), ("interference", PALETTE[1], 1, harms)):
         widths = [interval.half_width or 0.0 for interval in intervals]
         means = [sign * interval.mean for interval in intervals]
         axes.barh(places, means, xerr=widths if any(widths) else None, color=colour, label=name, **look)
-    axes.axvline(0.0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [label for label, *_ in rows])
+    axes.axvline(0.0, color=MUTED, linewidth=0.8)
+    axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
-    axes.set_xlabel("nats, summed over all pairs of classes")
-    axes.grid(axis="x", color="#d9d9d9", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.set_xlabel("nats, summed over all pairs of classes", fontsize=FONT)
+    tidy(axes, "x")
     axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    return figure
+    axes.spines["left"].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=FONT)
+    return inked(figure)
 
 
-def transfer_pictures(
-    folder: Path, groups: Sequence[TransferGroup], places: Mapping[str, Path]
-) -> list[tuple[str, Path]]:
-    """Draw and save all of them.
+def transfer_sections(groups: Sequence[TransferGroup], places: Mapping[str, Path], drawing: Drawing) -> list[Section]:
+    """Draw all of them.
 
     Args:
-        folder: of the report.
         groups: in the order of the legends.
         places: digest of a run's configuration -> its folder.
+        drawing: of the report.
 
     Returns:
-        (caption, PNG file).
+        Sections with pictures only: accuracy over the classes, effects, single classes, landscapes.
 
     Raises:
         ConfigError: a file of a run that can't be read.
     """
-    done = _curves(folder, groups)
     effects = effects_figure(groups)
+    drawn = []
     if effects is not None:
-        caption = "interference and synergy in the continual transfer"
-        done.append((caption, save_figure(effects, folder / "effects.png")))
+        caption = "Interference and synergy in the continual transfer, mean over seeds with 95 % intervals"
+        drawn.append(drawing.picture(effects, "effects", caption, _effects_told(groups)))
     dynamics = [(group, _dynamics(group, places)) for group in groups]
+    blocks: list[Block] = [*drawn]
     for kind, what in _DYNAMICS.items():
-        for group, found in dynamics:
-            if kind in found:
-                path = folder / f"dynamics-{file_name(group.label)}-{kind}.png"
-                save_figure(found[kind], path)
-                done.append((_caption(group, what), _small(path) if kind == "curves" else path))
-    return done + _landscapes(folder, groups, places)
+        pictures = [
+            drawing.picture(found[kind], f"dynamics-{group.label}-{kind}", _caption(group, what), _effect_told(group))
+            for group, found in dynamics
+            if kind in found
+        ]
+        if pictures:
+            title = f"{what[:1].upper()}{what[1:]} ({len(pictures)} figures)"
+            blocks += pictures if len(pictures) <= _SHOWN else [Folded(title, pictures, printed=True)]
+    return [
+        Section("Continual transfer", _curves(groups, drawing)),
+        Section("Effects between classes", blocks),
+        Section("Loss landscapes", _landscapes(groups, places, drawing)),
+    ]
 
 
 def _caption(group: TransferGroup, what: str) -> str:
     return f"{group.label}: {what}, seed {group.seeds[0]}, first trial"
 
 
-def _curves(folder: Path, groups: Sequence[TransferGroup]) -> list[tuple[str, Path]]:
+def _effect_told(group: TransferGroup) -> str:
+    told = [f"{column[1]} {group.cell(column)}" for column in EFFECTS if group.cell(column) != "-"]
+    return f"Totals, mean over seeds: {'; '.join(told)}" if told else "Totals were not measured"
+
+
+def _effects_told(groups: Sequence[TransferGroup]) -> str:
+    _, harm, gain, _ = EFFECTS
+    return "; ".join(f"{g.label}: interference {g.cell(harm)} nats, synergy {g.cell(gain)} nats" for g in groups)
+
+
+def _curves(groups: Sequence[TransferGroup], drawing: Drawing) -> list[Picture]:
     """All groups in one picture; where these are many, also one per optimizer."""
     done = []
     optimizers = list(dict.fromkeys(group.optimizer for group in groups))
     choices = [("", "", list(groups))]
     if len(groups) > _CROWD and len(optimizers) > 1:
         methods = list(dict.fromkeys(group.method for group in groups))
-        alike = sorted(groups, key=lambda group: methods.index(group.method))  # a method has one colour in all of them
+        alike = sorted(groups, key=lambda group: methods.index(group.method))
         choices += [(f"-{name}", f", {name}", [g for g in alike if g.optimizer == name]) for name in optimizers]
     for suffix, which, chosen in choices:
         for number, (points, curves) in enumerate(continual_curves(chosen)):
-            caption = f"continual transfer: accuracy over the classes learnt so far{which}"
+            caption = f"Accuracy over the classes learnt so far{which}"
             top = (
                 1.03 * max(float(values.max()) for values in curves.values()) or 1.0
             )  # bands may go beyond 0 and 100 %
-            figure = curves_figure(
-                curves, title=f"continual transfer{which}", xlabel="classes learnt", steps=points, limits=(0.0, top)
-            )
             name = f"continual-accuracy{suffix}{f'-{number + 1}' if number else ''}"
-            done.append((caption, save_figure(figure, folder / f"{file_name(name)}.png")))
+            done.append(drawing.lines(curves, name, caption, xlabel="classes learnt", steps=points, limits=(0.0, top)))
     return done
 
 
@@ -156,30 +170,26 @@ def _dynamics(group: TransferGroup, places: Mapping[str, Path]) -> dict[str, Fig
     if not path.is_file():
         return {}
     try:
-        return Dynamics.from_dict(json.loads(path.read_text(encoding="utf-8"))).figures()
+        return dynamics_pictures_of(Dynamics.from_dict(json.loads(path.read_text(encoding="utf-8"))), list(_DYNAMICS))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
 
 
-def _landscapes(folder: Path, groups: Sequence[TransferGroup], places: Mapping[str, Path]) -> list[tuple[str, Path]]:
+def _landscapes(groups: Sequence[TransferGroup], places: Mapping[str, Path], drawing: Drawing) -> list[Picture]:
     done = []
     for group in groups:
         run = group.runs[0]
         stem = places.get(run["config_digest"], Path()) / f"landscape-{group.optimizer}"
         if run["config_digest"] in places and stem.with_name(f"{stem.name}.npz").is_file():
             try:
-                figure = Landscape.load(stem).figure()
+                landscape = Landscape.load(stem)
+                figure = landscape.figure()
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{stem}.npz can't be read or drawn: {error}") from None
-            path = folder / f"landscape-{file_name(group.label)}.png"
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(WIDTH, height * WIDTH / width)
+            known = landscape.loss[np.isfinite(landscape.loss)]
+            told = f"Loss from {known.min():.3g} to {known.max():.3g} nats" if known.size else "No finite loss"
             caption = _caption(group, "loss around the path of the continual transfer")
-            done.append((caption, save_figure(figure, path)))
+            done.append(drawing.picture(figure, f"landscape-{group.label}", caption, told))
     return done
-
-
-def _small(path: Path) -> Path:
-    """The same picture in 256 colours: of faint lines that cross, a quarter of the bytes; a heat map would suffer."""
-    with Image.open(path) as image:
-        reduced = image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    reduced.save(path, dpi=(DPI, DPI))
-    return path

@@ -1,6 +1,6 @@
 """Tables and files that summarise finished transfer experiments: printed table, results.csv, report.md, report.html.
 
-Figures come from ``results.json`` files, pictures of single classes and landscapes from the files beside them, so a
+Numbers come from ``results.json`` files, figures of single classes and landscapes from the files beside them, so a
 report can be made again at any time, of any selection of runs.
 """
 
@@ -12,11 +12,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from avalanche_firn.evaluation.tensorboard import write_summary
-from avalanche_firn.experiments.report_html import html_report
-from avalanche_firn.experiments.report_text import aligned, markdown_report
-from avalanche_firn.experiments.transfer_pictures import continual_curves, transfer_pictures
+from avalanche_firn.evaluation.statistics import paired_difference
+from avalanche_firn.experiments.report_figures import Drawing
+from avalanche_firn.experiments.report_files import write_files
+from avalanche_firn.experiments.report_parts import DataTable, Report, Section
+from avalanche_firn.experiments.report_settings import Made, repeat_section, settings_section, versions_section
+from avalanche_firn.experiments.report_tensorboard import write_transfer_dashboard
+from avalanche_firn.experiments.report_text import aligned
+from avalanche_firn.experiments.report_unfinished import unfinished_table
+from avalanche_firn.experiments.report_words import Pair, in_words, meanings
+from avalanche_firn.experiments.transfer_pictures import continual_curves, transfer_sections
 from avalanche_firn.experiments.transfer_results import (
+    ACCURACIES,
     COLUMNS,
     PROTOCOLS,
     TransferGroup,
@@ -241,32 +248,98 @@ def _csv(groups: Sequence[TransferGroup]) -> str:
 
 
 def write_transfer_report(
-    folder: Path, groups: Sequence[TransferGroup], *, title: str, runs_folder: Path | Sequence[Path]
+    folder: Path,
+    groups: Sequence[TransferGroup],
+    *,
+    title: str,
+    runs_folder: Path | Sequence[Path],
+    unfinished: Sequence[Any] = (),
 ) -> None:
-    """Write results.csv, report.md, report.html, pictures and the TensorBoard summary into `folder`.
+    """Write results.csv, report.md, report.html, figures (SVG) and the TensorBoard summary into `folder`.
 
     Args:
         folder: of the report; made if needed.
         groups: see :func:`transfer_groups`.
         title: of the report.
-        runs_folder: a folder, or several, that holds the runs at any depth. Runs that aren't there have no pictures of
+        runs_folder: a folder, or several, that holds the runs at any depth. Runs that aren't there have no figures of
             single classes and take no part in the comparison of zapping with its control.
+        unfinished: :class:`~avalanche_firn.experiments.unfinished.UnfinishedRun`, listed apart. Default none.
 
     Raises:
-        ConfigError: a file of a run that can't be read.
+        ConfigError: a file of a run that can't be read; nothing has been written then.
         ValueError: no group.
     """
     if not groups:
         raise ValueError("groups: got none; accepted is at least one")
     places = run_folders_of(groups, runs_folder)
-    configs = stored_configs(groups, places)
-    facts, tables = _facts(groups, configs), transfer_tables(groups, configs)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.csv").write_text(_csv(groups), encoding="utf-8")
-    pictures = transfer_pictures(folder, groups, places)
-    (folder / "report.md").write_text(markdown_report(title, facts, tables, pictures), encoding="utf-8")
-    (folder / "report.html").write_text(html_report(title, facts, tables, pictures), encoding="utf-8")
+    report = _report(folder, groups, title, places, unfinished)
+    write_files(folder, report, _csv(groups))
     found = continual_curves(groups)
     tags = [f"continual/accuracy{f'/{i + 1}' if i else ''}" for i in range(len(found))]
     curves = {tag: curves for tag, (_, curves) in zip(tags, found, strict=True)}
-    write_summary(folder, curves, steps={tag: steps for tag, (steps, _) in zip(tags, found, strict=True)})
+    steps = {tag: points for tag, (points, _) in zip(tags, found, strict=True)}
+    write_transfer_dashboard(folder, groups, places, curves, steps=steps)
+
+
+def _report(
+    folder: Path, groups: Sequence[TransferGroup], title: str, places: dict[str, Path], unfinished: Sequence[Any]
+) -> Report:
+    """Tables first by what they compare, then the figures, then how to get the same again."""
+    configs = stored_configs(groups, places)
+    told = _facts(groups, configs)
+    cautions = [line.removeprefix(_CAUTION) for line in told if line.startswith(_CAUTION)]
+    drawing = Drawing({group.label: group.label for group in groups})
+    known = {group.label: i for group in groups if (i := group.interval("continual/accuracy")) is not None}
+    tables = [DataTable(*table) for table in transfer_tables(groups, configs)]
+    paired = [table for table in tables if table.title.startswith(("Zapping against", "Optimizers"))]
+    rates = [table for table in tables if table.title == "Chosen rates"]
+    results = [table for table in tables if table not in [*paired, *rates]]
+    made = _made(groups, places)
+    sections = [
+        Section("Results", [*drawing.ranking(known, "ranking", "accuracy of the continual transfer"), *results]),
+        Section("Unfinished runs", [DataTable(*unfinished_table(unfinished))] if unfinished else []),
+        Section("Paired comparisons over the seeds", paired),
+        *transfer_sections(groups, places, drawing),
+        Section("Learning rates of the transfers", rates),
+        settings_section(made),
+        versions_section(made),
+        repeat_section(made, folder, [run.folder for run in unfinished]),
+        meanings(["pretraining/loss", *(tag for tag, *_ in COLUMNS)]),
+    ]
+    lines = _result(groups, transfer_mismatches(groups, configs))
+    plain = [line for line in told if not line.startswith(_CAUTION)]
+    return Report(title, lines, cautions, plain, [section for section in sections if section.blocks])
+
+
+_CAUTION = "CAUTION: "
+
+
+def _made(groups: Sequence[TransferGroup], places: Mapping[str, Path]) -> list[Made]:
+    """One line per way of pre-training: its optimizers share a configuration."""
+    found = {}
+    for group in groups:
+        if group.digest not in found:
+            runs = [(run["seed"], places.get(run["config_digest"])) for run in group.runs]
+            found[group.digest] = Made(group.method, str(group.runs[0]["method"]), runs)
+    return list(found.values())
+
+
+def _result(groups: Sequence[TransferGroup], mismatches: Sequence[str]) -> list[str]:
+    """The result in a sentence; nothing is ranked where the rows must not be compared."""
+    known = [group for group in groups if group.interval("continual/accuracy") is not None]
+    if not known:
+        return []
+    if mismatches:
+        return [f"These rows must not be ranked: {'; '.join(mismatches)}."]
+    best = known[0]
+    column = next(column for column in ACCURACIES if column[0] == "continual/accuracy")
+    words = f"{best.label} reached the highest accuracy of the continual transfer, {best.cell(column)} %"
+    if len(known) < 2:
+        return [f"{best.label} reached an accuracy of the continual transfer of {best.cell(column)} %."]
+    mine, theirs = best.by_seed(column[0]), known[1].by_seed(column[0])
+    common = [seed for seed in best.seeds if seed in mine and seed in theirs]
+    if common:
+        interval = paired_difference([mine[s] for s in common], [theirs[s] for s in common])
+        pair = Pair(best.label, known[1].label, interval)
+        words += f", {pair.interval.format()} percent points above {known[1].label}, the next ({in_words(pair)})"
+    return [f"{words}."]

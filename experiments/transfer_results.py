@@ -11,7 +11,7 @@ from typing import Any
 from avalanche_firn.evaluation.statistics import Interval, mean_interval
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.recipe import parse
-from avalanche_firn.experiments.results import FILE, group_runs, read_results
+from avalanche_firn.experiments.results import FILE, files_below, group_runs, read_results
 
 __all__ = [
     "ACCURACIES",
@@ -148,7 +148,7 @@ def run_folders_of(groups: Iterable[TransferGroup], runs_folder: Path | Sequence
     wanted = {run["config_digest"] for group in groups for run in group.runs}
     found: dict[str, Path] = {}
     for top in [runs_folder] if isinstance(runs_folder, Path) else runs_folder:
-        for path in sorted(top.rglob(FILE)):
+        for path in files_below(top, FILE):
             results = read_results(path.parent)
             if results is not None and results.get("config_digest") in wanted:
                 found.setdefault(results["config_digest"], path.parent)

@@ -18,7 +18,8 @@ from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
 from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
 from avalanche_firn.experiments.pretraining import pretrain
 from avalanche_firn.experiments.recipe import dump
-from avalanche_firn.experiments.results import FILE, FORMAT, read_results, write_json, write_text
+from avalanche_firn.experiments.results import FILE, FORMAT, RunResults, read_results, write_json, write_text
+from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 from avalanche_firn.experiments.transfer_data import TransferData
 from avalanche_firn.experiments.transfer_protocols import FIGURES, Transfers, number, run_transfers, transfer_figures
@@ -68,8 +69,8 @@ def run(
     data: TransferData,
     *,
     quiet: bool = False,
-    bar: bool = False,
     say: Callable[[str], None] | None = print,
+    watch: RunWatch | None = None,
 ) -> dict[str, Any]:
     """Pre-train with one method and seed and transfer with all optimizers, or read what is finished.
 
@@ -77,7 +78,8 @@ def run(
         config: with one method and one seed.
         folder: of the run; made if needed. The caller has checked that it holds no other run.
         data: see :func:`~avalanche_firn.experiments.transfer_data.build_data`.
-        quiet: no line per transfer. bar: a progress bar of the pre-training.
+        quiet: no progress bar of the pre-training, no line per transfer. say: takes the lines; None for silence.
+        watch: told of the pre-training and of every transfer, and draws the bars, in the place of `quiet` and `say`.
 
     Returns:
         The content of ``results.json``.
@@ -94,11 +96,10 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump(config))
     write_json(folder / "environment.json", describe_environment(device))
-    tell = say if say is not None and not quiet else lambda text: None
-    model, held_out = pretrain(config, data, folder, device, bar=bar)
+    watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
+    model, held_out = pretrain(config, data, folder, device, bar=watch.bars)
     trained = time.perf_counter() - start
-    label = f"{method.name} seed {seed}"
-    tell(f"{label}: {100 * held_out['accuracy']:.2f} % of held-out images of the pre-training classes; {trained:.1f} s")
+    watch.pretrained({f"pretraining/{name}": value for name, value in held_out.items()}, trained)
     optimizers: dict[str, Any] = {}
     pictures: list[tuple[str, Transfers]] = []
     for section in config.transfer.optimizers:
@@ -110,13 +111,11 @@ def run(
             write_json(dynamics_file(folder, section.label), transfers.dynamics.to_dict())
         if transfers.landscape is not None:
             transfers.landscape.save(folder / f"landscape-{section.label}")
+        now = time.perf_counter()
+        count = len(config.transfer.optimizers) / len(optimizers)
+        whole = trained + (now - start - trained) * count  # as if the others took as long
         figures = optimizers[section.label]["figures"]
-        shown = ", ".join(
-            f"{name} {100 * value:.2f} %"
-            for name in ("continual", "iid")
-            if (value := figures[f"{name}/accuracy"]) is not None
-        )
-        tell(f"{label}, {section.label}: transfer accuracy {shown}; {time.perf_counter() - begun:.1f} s")
+        watch.transferred(section.label, figures, now - begun, share=(now - start) / whole, so_far=now - start)
     results = {
         "format": FORMAT,
         "experiment": "transfer",
@@ -149,7 +148,7 @@ def run(
     }
     _log(config, folder, results, pictures)
     write_json(folder / FILE, results)
-    return results
+    return RunResults(results, folder)
 
 
 def _chosen_on(config: TransferExperiment) -> str:

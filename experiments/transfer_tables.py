@@ -8,12 +8,14 @@ from typing import Any
 
 from avalanche_firn.evaluation.statistics import paired_difference
 from avalanche_firn.experiments.report_text import Table
+from avalanche_firn.experiments.report_words import NOT_ZERO, difference_cell
 from avalanche_firn.experiments.transfer_results import ACCURACIES, COLUMNS, EFFECTS, PROTOCOLS, Column, TransferGroup
 
 __all__ = ["control_pairs", "transfer_tables"]
 
 _ZAP = ("name", "zap", "zap_every", "zap_fraction", "zap_init")
 """Keys of a method in which a control may differ: the last three mean nothing without zaps."""
+_PAIRED = f"mean ± 95 % interval of paired differences over seeds; {NOT_ZERO}"
 _SAME = ("pretraining/accuracy", "iid/shock")
 """Figures that don't depend on the optimizer: taken before its first step, from the same draws."""
 
@@ -77,7 +79,8 @@ def _difference(first: TransferGroup, second: TransferGroup, column: Column) -> 
     common = [seed for seed in first.seeds if seed in second.seeds]
     if not common or any(seed not in mine or seed not in theirs for seed in common):
         return "-"
-    return paired_difference([mine[s] for s in common], [theirs[s] for s in common]).format(scale, digits)
+    interval = paired_difference([mine[s] for s in common], [theirs[s] for s in common])
+    return difference_cell(interval, scale, digits)
 
 
 def _differences(
@@ -142,7 +145,7 @@ def _zap_tables(groups: Sequence[TransferGroup], configs: Mapping[str, Mapping[s
     pairs = control_pairs(groups, configs)
     found = []
     for optimizer in dict.fromkeys(zapping.optimizer for zapping, *_ in pairs):
-        title = f"Zapping against its control, {optimizer}: mean ± 95 % interval of paired differences over seeds"
+        title = f"Zapping against its control, {optimizer}: {_PAIRED}"
         own = [pair for pair in pairs if pair[0].optimizer == optimizer]
         if not all(exact for *_, exact in own):
             title += " (*: each side with pre-training settings of its own)"
@@ -164,6 +167,6 @@ def _optimizer_tables(groups: Sequence[TransferGroup]) -> list[Table]:
             for group in groups
             if group.optimizer == first and (group.digest, second) in by_key
         ]
-        title = f"Optimizers, {first} - {second}: mean ± 95 % interval of paired differences over seeds"
+        title = f"Optimizers, {first} - {second}: {_PAIRED}"
         found += _differences(title, pairs, columns)
     return found

@@ -1,6 +1,7 @@
 """What lands in event files, read back from disk."""
 
 import os
+import re
 import time
 
 import numpy as np
@@ -11,7 +12,14 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from avalanche_firn.evaluation.statistics import mean_interval
-from avalanche_firn.evaluation.tensorboard import flatten, log_hparams, log_text_config, read_scalars, write_summary
+from avalanche_firn.evaluation.tensorboard import (
+    flatten,
+    log_hparams,
+    log_text_config,
+    read_scalars,
+    summary_tag,
+    write_summary,
+)
 
 
 def accumulator(path):
@@ -79,7 +87,16 @@ def layout_of(path):
     }
 
 
-def test_summary_run(tmp_path):
+def test_hparams_without_the_experiment_are_a_row_only(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_hparams(writer, {"Method": "slca", "Seed": 1}, {"efficiency/run-seconds": 3.5}, experiment=False)
+    found = hparams_of(tmp_path)
+    assert set(found) == {"session_start_info", "session_end_info"}
+    assert found["session_start_info"].session_start_info.hparams["Method"].string_value == "slca"
+    assert read_scalars(tmp_path) == {"efficiency/run-seconds": [(0, 3.5)]}
+
+
+def test_summary_has_a_run_per_method(tmp_path):
     naive, joint = [[0.9, 0.5, 0.3], [0.8, 0.6, 0.2], [0.7, 0.4, np.nan]], [[0.97]]
     curves = {
         "accuracy/last": {"naive (sgd)": naive, "joint": joint},
@@ -88,37 +105,41 @@ def test_summary_run(tmp_path):
     (tmp_path / "report.md").write_text("kept")
     for _ in range(2):  # the second call replaces the first
         written = write_summary(tmp_path, curves)
-    assert (tmp_path / "report.md").exists() and len(list(tmp_path.glob("*tfevents*"))) == 1
-    scalars = read_scalars(tmp_path)
+    assert (tmp_path / "report.md").exists()
+    scalars = read_scalars(tmp_path / "naive (sgd)")
     interval = mean_interval([0.9, 0.8, 0.7])
-    name = "accuracy/last/naive (sgd)"
-    assert scalars[f"{name}/mean"][0][1] == pytest.approx(interval.mean)
-    assert scalars[f"{name}/lower"][0][1] == pytest.approx(interval.lower)
-    assert scalars[f"{name}/upper"][0][1] == pytest.approx(interval.upper)
-    assert [step for step, _ in scalars[f"{name}/upper"]] == [0, 1, 2]
-    assert scalars["forgetting/average/naive (sgd)/mean"] == [(1, pytest.approx(0.4))]
-    assert not any("joint" in tag and not tag.endswith("mean") for tag in scalars)
-    flat = {f"{tag}/{part}": points for tag, parts in written.items() for part, points in parts.items()}
-    assert {tag: [(s, np.float32(v)) for s, v in points] for tag, points in flat.items()} == scalars
+    assert scalars["All methods/accuracy/last"][0][1] == pytest.approx(interval.mean)
+    assert scalars["interval over seeds/accuracy/last/lower"][0][1] == pytest.approx(interval.lower)
+    assert scalars["interval over seeds/accuracy/last/upper"][0][1] == pytest.approx(interval.upper)
+    assert [step for step, _ in scalars["interval over seeds/accuracy/last/upper"]] == [0, 1, 2]
+    assert scalars["All methods/forgetting/average"] == [(1, pytest.approx(0.4))]
+    assert read_scalars(tmp_path / "joint") == {"All methods/accuracy/last": [(0, pytest.approx(0.97))]}
+    assert read_scalars(tmp_path) == {}  # all lines of one run would have one colour
+
+    assert list(written) == ["naive (sgd)", "joint"] and list(written["joint"]["accuracy/last"]) == ["mean"]
+    flat = {
+        summary_tag(metric, part): [(step, np.float32(value)) for step, value in points]
+        for metric, parts in written["naive (sgd)"].items()
+        for part, points in parts.items()
+    }
+    assert flat == scalars
 
     layout = layout_of(tmp_path)
-    overview = layout["all methods (mean over seeds)"]
-    assert list(overview) == ["accuracy/last", "forgetting/average"]
-    assert list(layout["accuracy/last (interval over seeds)"]) == [name]
-    series = layout["accuracy/last (interval over seeds)"][name].margin.series[0]
-    assert (series.value, series.lower, series.upper) == (f"{name}/mean", f"{name}/lower", f"{name}/upper")
-    assert "forgetting/average (interval over seeds)" not in layout
-    import re
-
-    for metric, chart in overview.items():  # exactly one line per method
-        for pattern in chart.multiline.tag:
-            assert len([tag for tag in scalars if re.match(pattern, tag)]) == 1
-        assert len(chart.multiline.tag) == len(curves[metric])
+    means, bands = layout["All methods: mean over seeds"], layout["All methods: 95% intervals over seeds"]
+    assert list(means) == ["accuracy/last", "forgetting/average"]
+    for metric, chart in means.items():  # exactly the tag of the means, which no seed's run has
+        matched = [tag for tag in [*scalars, metric] if re.match(chart.multiline.tag[0], tag)]
+        assert len(chart.multiline.tag) == 1 and matched == [f"All methods/{metric}"]
+    assert list(bands) == ["accuracy/last: mean and interval"]
+    series = bands["accuracy/last: mean and interval"].margin.series[0]
+    assert [series.value, series.lower, series.upper] == [
+        summary_tag("accuracy/last", part) for part in ("mean", "lower", "upper")
+    ]
 
 
 def test_summary_pads_seeds_and_refuses_none(tmp_path):
     write_summary(tmp_path, {"m": {"a": [[0.5, 0.25], [0.5]]}})
-    assert read_scalars(tmp_path)["m/a/mean"] == [(0, 0.5), (1, 0.25)]
+    assert read_scalars(tmp_path / "a")["All methods/m"] == [(0, 0.5), (1, 0.25)]
     with pytest.raises(ValueError, match="without seeds"):
         write_summary(tmp_path, {"m": {"a": []}})
 
@@ -126,14 +147,14 @@ def test_summary_pads_seeds_and_refuses_none(tmp_path):
 def test_summary_at_given_steps(tmp_path):
     curves = {"m": {"a": [[0.5, 0.25, 0.75], [0.5, 0.25]]}, "n": {"a": [[1.0, 2.0]]}}
     write_summary(tmp_path, curves, steps={"m": [1, 10, 67]})
-    scalars = read_scalars(tmp_path)
-    assert scalars["m/a/mean"] == [(1, 0.5), (10, 0.25), (67, 0.75)]
-    assert [step for step, _ in scalars["m/a/upper"]] == [1, 10]  # the last point has one seed
-    assert scalars["n/a/mean"] == [(0, 1.0), (1, 2.0)]
+    scalars = read_scalars(tmp_path / "a")
+    assert scalars["All methods/m"] == [(1, 0.5), (10, 0.25), (67, 0.75)]
+    assert [step for step, _ in scalars["interval over seeds/m/upper"]] == [1, 10]  # the last point has one seed
+    assert scalars["All methods/n"] == [(0, 1.0), (1, 2.0)]
     for steps, reason in (({"m": [1, 10]}, "2 for m, whose longest curve has 3"), ({"x": [1]}, "x")):
         with pytest.raises(ValueError, match=rf"steps: .*{reason}"):
             write_summary(tmp_path, curves, steps=steps)
-    assert read_scalars(tmp_path) == scalars  # refused before the older summary was deleted
+    assert read_scalars(tmp_path / "a") == scalars  # refused before the older summary was replaced
 
 
 def test_read_scalars_keeps_every_point_and_honours_a_purge(tmp_path):

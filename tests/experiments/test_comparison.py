@@ -103,7 +103,7 @@ def test_layout(finished: Path) -> None:
         names = {path.name.split(".tfevents")[0] for path in run.iterdir()}
         assert names == {"config.yaml", "environment.json", "results.json", "metrics.csv", "checkpoint", "events.out"}
     names = {path.name for path in (finished / "summary").iterdir()}
-    assert {"report.md", "report.html", "results.csv", "accuracy-last.png", "matrix-slca.png"} <= names
+    assert {"report.md", "report.html", "results.csv", "accuracy-last.svg", "task-matrices.svg"} <= names
     assert any("tfevents" in name for name in names)
     assert (finished / "config.yaml").is_file()
 
@@ -224,6 +224,20 @@ def test_single_run_equals_the_one_of_the_comparison(recipe: Path, finished: Pat
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 
+def test_table_has_its_columns_before_the_first_run(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    """A TensorBoard that is open already reads the columns of the hparams table once."""
+
+    def stops(config, folder, **options):
+        files = list((folder.parents[1] / "summary").glob("events.out.tfevents.*"))
+        assert any(b"backbone.name" in path.read_bytes() for path in files)
+        raise KeyboardInterrupt
+
+    from avalanche_firn.experiments import comparison
+
+    monkeypatch.setattr(comparison, "run", stops)
+    assert main(["compare", str(recipe), "--output", str(tmp_path), "--quiet"]) == 130
+
+
 @pytest.mark.parametrize(("method", "step"), [("naive", 5), ("slca", 0), ("slca", 4), ("slca", 8), ("slca", 11)])
 def test_resume_is_exact(
     method: str, step: int, recipe: Path, finished: Path, tmp_path: Path, capsys, monkeypatch
@@ -310,6 +324,51 @@ def test_report_of_folders(finished: Path, tmp_path: Path, capsys) -> None:
     assert "naive" in out and "slca" in out and "one seed, so no interval" in out
     assert (tmp_path / "report" / "report.html").is_file()
     assert main(["report", *words]) == 0
+
+
+def test_report_while_runs_go_on(finished: Path, tmp_path: Path, capsys) -> None:
+    """One run finished and one not, then none finished; what is shown of the latter comes from metrics.csv."""
+    folder = shutil.copytree(finished, tmp_path / "tiny")
+    for method, some in (("slca", True), ("naive", False)):
+        (folder / method / "seed-0" / "results.json").unlink()
+        assert main(["report", str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert f"Report: {folder / 'summary' / 'report.html'}" in out and "slca" in out
+        assert ("No run is finished yet" in out) != some
+        page = (folder / "summary" / "report.html").read_text()
+        assert "running or interrupted" in page and "2 of 2" in page
+    assert main(["report", str(folder / "summary")]) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_the_end_says_how_to_look_at_it(recipe: Path, copy: Path, capsys) -> None:
+    assert main(["compare", str(recipe), "--output", str(copy.parent)]) == 0
+    out = capsys.readouterr().out
+    assert f"Report: {copy / 'summary' / 'report.html'}   Dashboard: firn dashboard {copy}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "port", "browser"), [([], None, True), (["--port", "6007", "--no-browser"], 6007, False)]
+)
+def test_dashboard(words: list[str], port: int | None, browser: bool, monkeypatch) -> None:
+    """Folders and options arrive; the exit status comes back."""
+    import avalanche_firn.experiments.dashboard as dashboard
+
+    seen: list[tuple] = []
+
+    def open_dashboard(folders, *, port=None, open_browser=True, say=print) -> int:
+        seen.append((folders, port, open_browser))
+        return 130
+
+    monkeypatch.setattr(dashboard, "open_dashboard", open_dashboard)
+    assert main(["dashboard", "runs/a", "runs/b", *words]) == 130
+    assert seen == [([Path("runs/a"), Path("runs/b")], port, browser)]
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "6006.5"])
+def test_dashboard_refuses_wrong_ports(port: str, capsys) -> None:
+    assert main(["dashboard", "runs", f"--port={port}"]) == 2
+    assert "a whole number from 1 to 65535" in capsys.readouterr().err
 
 
 def test_check_writes_nothing(recipe: Path, tmp_path: Path, capsys, monkeypatch) -> None:

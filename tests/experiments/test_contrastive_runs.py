@@ -150,9 +150,9 @@ def test_scalars(finished: Path) -> None:
         assert [step for step, _ in board["classifier/accuracy"]] == [0, 1, 2]
         assert len(board["loss/contrastive"]) == 3 and len(board["loss/distillation"]) == 2  # once per epoch
     assert not [tag for tag in read_scalars(finished / "replay" / "seed-0") if tag.startswith(("cila", "classifier"))]
-    summary = read_scalars(finished / "summary")
-    assert [step for step, _ in summary["cila/coefficient/cila/mean"]] == [1, 2]
-    assert len(summary["cila/bound/measured/co2l/mean"]) == 3 and "cila/coefficient/naive/mean" not in summary
+    cila, co2l, naive = (read_scalars(finished / "summary" / method) for method in ("cila", "co2l", "naive"))
+    assert [step for step, _ in cila["CILA/cila/coefficient"]] == [1, 2]
+    assert len(co2l["CILA/co2l: cila/bound/measured"]) == 3 and not [tag for tag in naive if "CILA" in tag]
 
 
 def test_report(finished: Path, capsys) -> None:
@@ -171,7 +171,7 @@ def test_report(finished: Path, capsys) -> None:
     text = (finished / "summary" / "report.md").read_text(encoding="utf-8")
     assert f"| coefficient | - | 1 | {curves['cila/coefficient'][2]:.3g} |" in text
     assert f"| ratio of the tasks before | - | - | {curves['cila/ratio'][2]:.3g} |" in text
-    for picture in ("cila-coefficient.png", "cila-bound-measured.png"):
+    for picture in ("cila-coefficient.svg", "cila-bound-measured.svg"):
         assert (finished / "summary" / picture).stat().st_size > 1000 and f"]({picture})" in text
     rows = (finished / "summary" / "results.csv").read_text(encoding="utf-8").splitlines()
     assert {row.split(",")[0] for row in rows[1:]} == {"naive", "replay", "co2l", "cila"}

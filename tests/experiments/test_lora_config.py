@@ -137,7 +137,8 @@ def test_protocol_follows_the_configuration(recipe: Path) -> None:
 def test_curves(finished: Path) -> None:
     run = results(finished, "lorac_ipc")
     curves = {tag: curve for tag, curve in run["curves"].items() if tag.startswith("lorac/")}
-    assert curves.keys() == OVERLAPS | {"lorac/frozen", "lorac/task-inference"}
+    scores = {f"lorac/importance/{name}" for name in ("largest", "mean", "frozen-share")}
+    assert curves.keys() == OVERLAPS | scores | {"lorac/frozen", "lorac/task-inference"}
     assert {tag: run["figures"][tag] for tag in curves} == {tag: curve[-1] for tag, curve in curves.items()}
     for tag, curve in curves.items():
         assert len(curve) == TASKS and (curve[0] is None) is (tag in OVERLAPS) and curve[1] > 0
@@ -180,7 +181,7 @@ def test_report(finished: Path, capsys) -> None:
     assert "| frozen matrices | 3 | 6 |" in text
     assert f"| samples sent to their own task, % | 100 | {100 * curves['lorac/task-inference'][1]:.3g} |" in text
     assert f"| - | {curves['lorac/overlap/largest'][1]:.3g} |" in text
-    picture = finished / "summary" / "lorac-task-inference.png"
+    picture = finished / "summary" / "lorac-task-inference.svg"
     assert picture.stat().st_size > 1000 and f"]({picture.name})" in text
     assert main(["report", str(finished)]) == 0
     assert "Tasks are inferred from features at test time in: lorac_ipc." in capsys.readouterr().out
@@ -198,7 +199,9 @@ def test_report_over_seeds(finished: Path) -> None:
     assert body["frozen matrices"] == ["3", "5.5"]
     assert body["samples sent to their own task, %"] == ["-", "55"]
     assert (title, heads, rows) in tables(groups)
-    assert lora_curves_drawn(groups) == [("lorac/task-inference", "share of samples sent to their own task")]
+    assert [(d.tag, d.caption) for d in lora_curves_drawn(groups)] == [
+        ("lorac/task-inference", "share of samples sent to their own task")
+    ]
     other = group_runs([found["lora"], found["slca_plus_plus"]])
     assert lora_tables(other) == [] == lora_facts(other) == lora_curves_drawn(other)
 

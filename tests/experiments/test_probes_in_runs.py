@@ -70,7 +70,7 @@ def test_report(finished: Path, capsys) -> None:
     assert "kNN k=3 T=0.1" in text and "5 images per class" in text and "task identity used" in text
     assert "Apart from the probes no task identity" in text
     assert "probe/knn/forgetting-diag" in (finished / "summary" / "results.csv").read_text(encoding="utf-8")
-    assert (finished / "summary" / "probe-knn.png").stat().st_size > 1000
+    assert (finished / "summary" / "probe-knn.svg").stat().st_size > 1000
     assert main(["report", str(finished)]) == 0
     assert "knn %" in capsys.readouterr().out
 

@@ -114,23 +114,60 @@ def test_files(tmp_path: Path) -> None:
     write_report(tmp_path, group_runs(runs), title='a "title" <b>')
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html and "&lt;script&gt;" in html and "<b>" not in html
-    assert "http" not in html.replace("data:image", "")
-    assert html.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) == 5
+    assert "://" not in html
+    pictures = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert pictures == [
+        "accuracy-average.svg",
+        "accuracy-last.svg",
+        "cost-seconds.svg",
+        "differences.svg",
+        "ranking.svg",
+        "task-matrices.svg",
+    ]
+    assert html.count("<svg ") == len(pictures)
     markdown = (tmp_path / "report.md").read_text()
-    assert "\\|x" in markdown and "## Paired differences" in markdown
+    assert "\\|x" in markdown and "## Paired differences" in markdown and "<script" not in markdown.replace("\\<", "")
+    assert all(f"]({name})" in markdown for name in pictures)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 9 and rows[0]["method"] == "joint" and float(rows[3]["accuracy/last"]) == 0.9
     assert rows[0]["forgetting/average"] == ""
     write_report(tmp_path, group_runs(RUNS), title="again")
-    assert len(list(tmp_path.glob("*tfevents*"))) == 1
+    assert sum(path.stat().st_size > 0 for path in tmp_path.glob("*tfevents*")) == 1
+
+
+def test_figures_of_an_older_report_go_and_other_files_stay(tmp_path: Path) -> None:
+    for name in ("matrix-slca.png", "photo.png", "drawing.svg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "report.md").write_text("# old\n\n![slca](matrix-slca.png)\n\n![no](../photo.png)\n", encoding="utf-8")
+    write_report(tmp_path, group_runs(RUNS), title="x")
+    assert not (tmp_path / "matrix-slca.png").exists()
+    assert (tmp_path / "photo.png").exists() and (tmp_path / "drawing.svg").exists()
+    write_report(tmp_path, group_runs(RUNS[:1]), title="x")  # one method: nothing to compare
+    assert not (tmp_path / "differences.svg").exists() and (tmp_path / "ranking.svg").exists()
+
+
+def test_the_same_report_twice_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_report(tmp_path / name, group_runs(RUNS), title="x")
+    for path in (tmp_path / "a").iterdir():
+        if path.suffix in (".svg", ".md", ".csv"):
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_results_that_say_less_leave_figures_out(tmp_path: Path) -> None:
+    """As runs of older versions do, and runs whose matrices don't fit together."""
+    runs = [run | {"cost": {"seconds": None, "device": "cpu"}, "curves": {}} for run in RUNS[:3]]
+    runs[0] |= {"accuracy_matrix": [[1.0]]}
+    runs = [run | {"cost": {"seconds": 3.0, "device": "cpu"}} for run in runs]
+    write_report(tmp_path, group_runs(runs), title="x")
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["ranking.svg"]
 
 
 def test_summary_run(tmp_path: Path) -> None:
-    from avalanche_firn.evaluation.tensorboard import read_scalars
+    from avalanche_firn.evaluation.tensorboard import read_scalars, summary_tag
 
     write_report(tmp_path, group_runs(RUNS), title="x")
-    scalars = read_scalars(tmp_path)
-    steps = scalars["accuracy/last/slca/mean"]
+    steps = read_scalars(tmp_path / "slca")[summary_tag("accuracy/last")]
     assert [step for step, _ in steps] == [0, 1]
     assert steps[0][1] == pytest.approx(np.mean([0.9, 0.8, 0.95]))
 

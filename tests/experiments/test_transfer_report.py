@@ -16,9 +16,10 @@ from scipy import stats
 
 from avalanche_firn.evaluation.dynamics_result import Dynamics
 from avalanche_firn.evaluation.landscape import Landscape
-from avalanche_firn.evaluation.tensorboard import read_scalars
+from avalanche_firn.evaluation.tensorboard import read_scalars, summary_tag
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.results import find_runs
+from avalanche_firn.experiments.transfer_comparison import report_transfers
 from avalanche_firn.experiments.transfer_config import validate_transfer
 from avalanche_firn.experiments.transfer_data import build_data
 from avalanche_firn.experiments.transfer_pictures import continual_curves, effects_figure
@@ -308,11 +309,11 @@ def test_zapping_against_its_control() -> None:
     assert heads == ["difference", "iid_zap - iid"] and rows["common seeds"] == ["3"]
     difference = np.array([0.6, 0.8, 0.4]) - np.array([0.2, 0.3, 0.1])
     half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / np.sqrt(3)
-    assert rows["continual accuracy %"] == [f"{100 * difference.mean():.2f} ± {100 * half:.2f}"]
-    assert rows["shock, nats"] == [f"{3 * difference.mean():.2f} ± {3 * half:.2f}"]
+    assert rows["continual accuracy %"] == [f"{100 * difference.mean():.2f} ± {100 * half:.2f}, not 0"]
+    assert rows["shock, nats"] == [f"{3 * difference.mean():.2f} ± {3 * half:.2f}, not 0"]
     assert list(rows) == ["common seeds", *(heading for _, heading, *_ in COLUMNS)]
     _, fast = table(transfer_groups(RUNS), "Zapping against its control, fast")
-    assert fast["continual accuracy %"] == [f"{50 * difference.mean():.2f} ± {50 * half:.2f}"]
+    assert fast["continual accuracy %"] == [f"{50 * difference.mean():.2f} ± {50 * half:.2f}, not 0"]
 
 
 def test_differences_are_over_common_seeds_only() -> None:
@@ -366,7 +367,7 @@ def test_optimizers_are_compared_within_methods_sgd_first() -> None:
         run_["optimizers"] = dict(reversed(run_["optimizers"].items()))
     heads, rows = table(transfer_groups(runs), "Optimizers, slow - fast")
     assert heads == ["difference", "iid_zap", "asb", "iid"] and rows["common seeds"] == ["3"] * 3
-    assert rows["continual accuracy %"][1] == "25.00 ± 0.00" and rows["synergy, nats"][1] == "1.8 ± 0.0"
+    assert rows["continual accuracy %"][1] == "25.00 ± 0.00, not 0" and rows["synergy, nats"][1] == "1.8 ± 0.0, not 0"
     assert "shock, nats" not in rows and "held-out accuracy %" not in rows  # the same by construction
 
 
@@ -409,10 +410,13 @@ def test_files(tmp_path: Path) -> None:
     write_transfer_report(out, groups, title='a "title" <b>', runs_folder=runs)
     html = (out / "report.html").read_text()
     assert "<script" not in html and "&lt;script&gt;" in html and "<b>" not in html
-    assert "http" not in html.replace("data:image", "")
-    pictures = sorted(path.name for path in out.glob("*.png"))
-    assert len(pictures) == html.count("data:image/png;base64,") == 2 + 3 * 6 + 1
-    assert {"continual-accuracy.png", "effects.png", "landscape-iid--slow.png"} <= set(pictures)
+    assert "://" not in html
+    pictures = sorted(path.name for path in out.glob("*.svg"))
+    assert len(pictures) == html.count("<svg ") == 3 + 3 * 6 + 1
+    assert {"ranking.svg", "continual-accuracy.svg", "effects.svg", "landscape-iid--slow.svg"} <= set(pictures)
+    assert "iid_zap, slow reached the highest accuracy of the continual transfer, 60.00 ±" in html.replace(
+        "&nbsp;", " "
+    )
     markdown = (out / "report.md").read_text()
     assert "\\|x" in markdown and "## Zapping against its control, slow" in markdown
     assert all(f"({name})" in markdown for name in pictures)
@@ -423,26 +427,45 @@ def test_files(tmp_path: Path) -> None:
     assert rows[0]["trials_never_recovered"] == "0" and rows[0]["zap"] == "True"
     for _ in range(2):  # the second report replaces the first one's events
         write_transfer_report(out, groups[:1], title="again", runs_folder=[tmp_path / "nowhere", runs])
-    assert len(list(out.glob("*tfevents*"))) == 1
-    points = read_scalars(out)["continual/accuracy/iid_zap, slow/mean"]
+    assert sum(path.stat().st_size > 0 for path in out.glob("*tfevents*")) == 1
+    points = read_scalars(out / "iid_zap, slow")[summary_tag("continual/accuracy")]
     assert [step for step, _ in points] == POINTS and points[-1][1] == pytest.approx(0.6)
 
 
-def test_runs_that_are_not_there_cost_pictures_only(tmp_path: Path) -> None:
+def test_runs_that_are_not_there_cost_figures_only(tmp_path: Path) -> None:
     groups = transfer_groups(RUNS)
     write_transfer_report(tmp_path / "out", groups, title="x", runs_folder=tmp_path)
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["continual-accuracy.png", "effects.png"]
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
+    assert names == ["continual-accuracy.svg", "effects.svg", "ranking.svg"]
     assert "Zapping" not in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(ValueError, match="groups"):
         write_transfer_report(tmp_path / "none", [], title="x", runs_folder=tmp_path)
     assert not (tmp_path / "none").exists()
 
 
+def test_unfinished_runs_stand_apart_and_alone_are_no_error(tmp_path: Path) -> None:
+    runs = on_disk(tmp_path / "runs")
+    waiting = runs / "asb" / "seed-9"
+    waiting.mkdir()
+    config = config_of("asb") | {"experiment": "transfer", "seeds": [9]}
+    (waiting / "config.yaml").write_text(yaml.safe_dump(config))
+    (waiting / "environment.json").write_text("{}")
+    text = report_transfers([runs], tmp_path / "out")
+    assert "Unfinished runs" in text and "seeds 0, 1, 2" in text
+    assert "running or interrupted" in (tmp_path / "out" / "report.md").read_text()
+    alone = report_transfers([waiting], tmp_path / "none")
+    assert alone.startswith("No run is finished yet.") and "asb" in alone and not (tmp_path / "none").exists()
+    assert "running or interrupted" in report_transfers([runs / "iid", waiting])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no finished run"):
+        report_transfers([tmp_path / "empty"])
+
+
 def test_many_rows_get_a_picture_per_optimizer(tmp_path: Path) -> None:
     more = [made_up("untrained", 0, 0.1, group_digest="u", config_digest="u0")]
     write_transfer_report(tmp_path, transfer_groups([*RUNS, *more]), title="x", runs_folder=tmp_path)
-    names = {path.name for path in tmp_path.glob("continual*.png")}
-    assert names == {"continual-accuracy.png", "continual-accuracy-fast.png", "continual-accuracy-slow.png"}
+    names = {path.name for path in tmp_path.glob("continual*.svg")}
+    assert names == {"continual-accuracy.svg", "continual-accuracy-fast.svg", "continual-accuracy-slow.svg"}
     events = next(tmp_path.glob("*tfevents*"))
     assert events.stat().st_size > 0
 
@@ -453,10 +476,10 @@ def test_groups_with_other_points_get_their_own_axis(tmp_path: Path) -> None:
         for found in run_["optimizers"].values():
             found["logged_after"] = [1, 2, 4]
     write_transfer_report(tmp_path, transfer_groups(runs), title="x", runs_folder=tmp_path)
-    assert (tmp_path / "continual-accuracy-2.png").is_file()
-    scalars = read_scalars(tmp_path)
-    assert [step for step, _ in scalars["continual/accuracy/2/iid, slow/mean"]] == [1, 2, 4]
-    assert [step for step, _ in scalars["continual/accuracy/asb, slow/mean"]] == POINTS
+    assert (tmp_path / "continual-accuracy-2.svg").is_file()
+    second = read_scalars(tmp_path / "iid, slow")[summary_tag("continual/accuracy/2")]
+    assert [step for step, _ in second] == [1, 2, 4]
+    assert [step for step, _ in read_scalars(tmp_path / "asb, slow")[summary_tag("continual/accuracy")]] == POINTS
 
 
 @pytest.mark.parametrize("file", ["dynamics-slow.json", "landscape-slow.npz", "config.yaml"])
@@ -512,5 +535,5 @@ def test_report_of_true_runs(tmp_path: Path) -> None:
     write_transfer_report(tmp_path / "summary", groups, title="tiny", runs_folder=tmp_path)
     markdown = (tmp_path / "summary" / "report.md").read_text()
     assert "| difference | zap - plain |" in markdown and "Optimizers" not in markdown
-    names = {path.name for path in (tmp_path / "summary").glob("*.png")}
-    assert {"dynamics-zap--sgd-block-effect.png", "landscape-plain--sgd.png"} <= names and len(names) == 10
+    names = {path.name for path in (tmp_path / "summary").glob("*.svg")}
+    assert {"dynamics-zap--sgd-block-effect.svg", "landscape-plain--sgd.svg"} <= names and len(names) == 11
