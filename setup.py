@@ -7,7 +7,8 @@ from setuptools import setup
 FOLDERS = ("models", "benchmarks", "plugins", "evaluation", "strategies", "experiments")
 ROOT = Path(__file__).parent
 HUGGINGFACE = ["datasets>=4.0"]  # runs no code of a data set's own
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15", *HUGGINGFACE]  # peft: loads adapters back
+# peft: loads adapters back; playwright: drives the Chromium that looks at dashboards
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15", "playwright>=1.40", *HUGGINGFACE]
 
 setup(
     name="avalanche-firn",

@@ -80,6 +80,11 @@ BENCHMARKS = {
     "lora": Benchmark("a step and an evaluation of LoRA composition at its tenth task", "5 to 10"),
     "zapping": Benchmark("zaps, episodes, transfer and the look at single tasks", "10"),
     "linear_probe": Benchmark("a probe phase on cached features against one without a cache", "2"),
+    "dashboards": Benchmark(
+        "a report of a hundred runs of a thousand points, made by firn report in a process of its own",
+        "2",
+        "20 seconds, and 5 MiB of HTML",
+    ),
 }
 
 
