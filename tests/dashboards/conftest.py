@@ -16,13 +16,13 @@ import pytest
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 METHODS = ("naive", "zapping", "lp_ft", "slca", "lorac_ipc", "cila")
 SEEDS = (0, 1, 2)
-# As the recipe, in a tenth of the time: figures are worse, what is drawn is the same.
-QUICK = ["training.epochs=1", "methods.cila.training.epochs=1", "methods.cila.classifier.epochs=2", "threads=1"]
+# As the recipe, in a fraction of the time: figures are worse, what is drawn is the same.
+QUICK = ["training.epochs=2", "methods.cila.training.epochs=1", "methods.cila.classifier.epochs=2", "threads=1"]
 
 
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of ``firn compare all_digits``, trained for one epoch a task; 18 runs with their summary."""
+    """The folder of ``firn compare all_digits``, trained for one or two epochs a task; 18 runs with their summary."""
     from avalanche_firn.experiments.comparison import compare
     from avalanche_firn.experiments.recipe import load_experiment
 
