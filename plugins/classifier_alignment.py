@@ -259,11 +259,11 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
         moved, size = torch.stack([torch.linalg.vector_norm(t) for t in (aligned.to(before) - before, before)]).tolist()
         figures = {"loss-first": losses[0], "loss-last": losses[-1], "head-change": moved / size if size else None}
         self.history.append({"task": task, **figures})
-        if strategy.evaluator.active:
+        evaluator = getattr(strategy, "evaluator", None)  # an export aligns without one
+        if evaluator is not None and evaluator.active:
             for name, value in figures.items():
                 if value is not None:
-                    found = MetricValue(self, f"slca/alignment/{name}", value, task)
-                    strategy.evaluator.publish_metric_value(found)
+                    evaluator.publish_metric_value(MetricValue(self, f"slca/alignment/{name}", value, task))
 
     def _batches(self, head: TaskwiseLinearHead, task: int) -> Callable[[int], Iterable[tuple[Tensor, Tensor]]]:
         if self.batch_source is not None:

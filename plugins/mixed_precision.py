@@ -132,8 +132,10 @@ class MixedPrecisionPlugin(SupervisedPlugin, supports_distributed=True):  # type
                 self._pending_state = state["scaler"]
 
 
-def _has_few_patches(model: nn.Module) -> bool:
-    """Whether the model has a timm patch embedding, and none that makes more than 160 patches."""
+def _has_few_patches(model: Any) -> bool:
+    """Whether a module has a timm patch embedding, and none that makes more than 160 patches."""
+    if not isinstance(model, nn.Module):  # Meta-ASB's model of weights that a sequence has changed
+        return False
     found = [getattr(getattr(module, "patch_embed", None), "num_patches", None) for module in model.modules()]
     counts = [count for count in found if isinstance(count, int)]
     return bool(counts) and max(counts) <= _FEW_PATCHES

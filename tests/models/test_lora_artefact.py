@@ -122,6 +122,11 @@ def test_the_state_is_written_as_it_was_read(loaded, stored):
         state, before = to_plain(plugin.state_dict()), to_plain(plugins[name])
         if name == "LoRACompositionPlugin":
             assert state.pop("scheduler") is None and before.pop("scheduler")["last_epoch"] == 10
+        # what the artefact's version didn't keep yet
+        if name == "ImportantParameterPlugin":
+            assert state.pop("scores_after") == [None] * 3
+        elif name == "ClassifierAlignmentPlugin":
+            assert state.pop("history") == []
         assert differing_state(state, before) is None
     own = made.plugins_of(loaded)
     alignment, inference = own["ClassifierAlignmentPlugin"].gaussians, own["TaskInferencePlugin"].inference
