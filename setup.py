@@ -29,16 +29,16 @@ setup(
     install_requires=[
         "avalanche-lib>=0.6,<0.7",
         "kornia>=0.7.3",
-        "matplotlib>=3.7",
+        "matplotlib>=3.10",
         "numpy>=1.24",
         "pydantic>=2.6",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "scikit-learn>=1.3",
         "tensorboard>=2.15",
-        "timm>=1.0.9",
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "timm>=1.0.26",  # from then on it reads weights with weights_only=True
+        "torch>=2.6",  # before, weights_only=True could be made to run code (CVE-2025-32434)
+        "torchvision>=0.21",
         "tqdm>=4.65",
     ],
     extras_require={

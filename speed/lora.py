@@ -136,7 +136,8 @@ def composed(args: argparse.Namespace, tasks: int, *, closed: bool = False) -> n
 def replaced(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """The model with other layers of the same weights."""
     for name, layer in LoRAComposition(model).layers.items():
-        model.set_submodule(name, kind(layer))
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, kind(layer))
     return model.to(next(model.parameters()).device)
 
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn import functional as F
 

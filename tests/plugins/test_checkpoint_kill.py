@@ -281,21 +281,21 @@ def test_the_run_covers_what_is_to_be_killed(references):
         ("avalanche_replay", 2),
         ("fast_slca", 3),
         ("fast_replay", 2),
-        pytest.param("slca_evaluated", 200, marks=pytest.mark.slow),
+        pytest.param("slca_evaluated", 60, marks=pytest.mark.slow),
         *(
-            pytest.param(f"cila{name}", 60, marks=pytest.mark.slow)
+            pytest.param(f"cila{name}", 12, marks=pytest.mark.slow)
             for name in ("", "_task", "_final_model", "_domains")
         ),
         *(
-            pytest.param(recipe, 60, marks=pytest.mark.slow)
+            pytest.param(recipe, 12, marks=pytest.mark.slow)
             for recipe in ("lorac_ipc", "lorac_ipc_evaluated", "slca_plus_plus")
         ),
         *(
-            pytest.param(recipe, 60, marks=pytest.mark.slow)
+            pytest.param(recipe, 12, marks=pytest.mark.slow)
             for recipe in ("asb", "asb_evaluated", "meta_asb", "zapped_iid", "zapped_iid_reference")
         ),
         *(
-            pytest.param(recipe, 60, marks=pytest.mark.slow)
+            pytest.param(recipe, 12, marks=pytest.mark.slow)
             # not replay_domains: its loader workers would import all anew in every epoch of these processes
             for recipe in ("ewc_online", "lwf", "der", "der_bf16", "scr", "avalanche_replay")
         ),
@@ -317,7 +317,7 @@ def test_kills_at_random_places(recipe, kills, references, tmp_path):
     assert kills < 20 or {"files", "training", "evaluating"} <= set(phases)
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(30, marks=pytest.mark.slow)])
 def test_kills_at_random_times(kills, references, tmp_path):
     """From outside, after a random time, wherever the process happens to be."""
     expected, _, seconds = references("slca_evaluated")
