@@ -26,9 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
-__all__ = ["Batchwise", "JoinedBatches", "WholeBatches", "as_it_is", "batched", "loader_of"]
+__all__ = ["WORKER_TIMEOUT", "Batchwise", "JoinedBatches", "WholeBatches", "as_it_is", "batched", "loader_of"]
 
 Batch = list[Tensor]
+
+WORKER_TIMEOUT = 300.0
+"""Seconds that a batch of worker processes is waited for, torch: for ever; our choice."""
 
 
 class WholeBatches(Protocol):
@@ -188,7 +191,9 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def loader_of(dataset: Any, *, num_workers: int = 0, **options: Any) -> DataLoader[Any]:
+def loader_of(
+    dataset: Any, *, num_workers: int = 0, timeout: float = WORKER_TIMEOUT, **options: Any
+) -> DataLoader[Any]:
     """torch's DataLoader over a data set, by whole batches and without workers where it is in memory.
 
     Batches, order and draws from the global generators are the same in both ways.
@@ -196,11 +201,13 @@ def loader_of(dataset: Any, *, num_workers: int = 0, **options: Any) -> DataLoad
     Args:
         dataset: with its own `collate_fn`, if it has one.
         num_workers: for data that isn't in memory.
+        timeout: seconds to wait for a batch of the workers; 0 waits for ever.
         options: further ones of DataLoader.
     """
     data = batched(dataset)
     if data is None:
-        return DataLoader(dataset, num_workers=num_workers, collate_fn=getattr(dataset, "collate_fn", None), **options)
+        options["collate_fn"] = getattr(dataset, "collate_fn", None)
+        return DataLoader(dataset, num_workers=num_workers, timeout=timeout if num_workers else 0, **options)
     if data.device.type != "cpu":
         options.pop("pin_memory", None)
     return DataLoader(Batchwise(data), collate_fn=as_it_is, **options)

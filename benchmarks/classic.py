@@ -6,6 +6,11 @@ Data, transforms and labels stay Avalanche's, nothing is copied or remapped, and
 benchmark itself is handed on. One exception: Tiny ImageNet lists files in the order of the directory, which differs
 between machines and with it every seeded choice of images; they are sorted by name here.
 
+Avalanche's loaders unpickle: CIFAR's files come from `cifar` instead, which doesn't, and whatever else a loader
+unpickles (CORe50, OpenLORIS, old files of torchvision) may hold plain values only (`pickles.plain_pickles_only`),
+unless FIRN_TRUST_PICKLES=1 stands in the environment: no recipe can say so. Their archives and images go through
+Avalanche's and torchvision's own code, which isn't bounded as ours is.
+
 `cut_benchmark` holds images out or cuts streams: Avalanche's classic benchmarks have no validation stream.
 
 Cost: the labels of every experience are read once for the fingerprint, 1-3 us a sample, and one image of each.
@@ -14,7 +19,8 @@ Cost: the labels of every experience are read once for the fingerprint, 1-3 us a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -24,8 +30,11 @@ from avalanche.benchmarks import classic
 from avalanche.benchmarks.datasets import TinyImagenet
 from avalanche.benchmarks.scenarios.generic_scenario import CLScenario
 
+from avalanche_firn.benchmarks.cifar import avalanche_without_pickles
+from avalanche_firn.benchmarks.pickles import plain_pickles_only
 from avalanche_firn.benchmarks.streams import Digest, Stream, StreamError, eager_stream, stratified_split
 
+_TRUST = "FIRN_TRUST_PICKLES"
 _NOT_DATA = ("CLEARMetric",)  # exported beside the benchmarks; the ExML* ones carry models, not data
 
 
@@ -56,8 +65,8 @@ def avalanche_stream(
             `fixed_class_order` it draws the class order from torch's global generator, and a seed reseeds that one.
 
     Raises:
-        StreamError: unknown name, with the nearest ones; see also `cut_benchmark`. Errors of Avalanche itself pass
-            through.
+        StreamError: unknown name, with the nearest ones; a pickle that names code; see also `read_cifar` and
+            `cut_benchmark`. Errors of Avalanche itself pass through.
     """
     known = avalanche_benchmarks()
     if name not in known:
@@ -68,7 +77,9 @@ def avalanche_stream(
     # on no samples: a wrong fraction or seed is refused before the data is read
     stratified_split([], validation_fraction=validation_fraction, test_fraction=0, seed=split_seed)
     build: Callable[..., Any] = getattr(classic, name)
-    benchmark = build(**kwargs)
+    with avalanche_without_pickles(build):
+        trusted = os.environ.get(_TRUST) == "1"
+        benchmark = build(**kwargs) if trusted else _built_from_plain_values(name, build, kwargs)
     _sort_files(benchmark)
     return cut_benchmark(
         name,
@@ -187,6 +198,27 @@ def wrap_benchmark(name: str, benchmark: Any) -> Stream:
         raise StreamError(f"benchmark {name!r} has an empty training stream; accepted: at least one experience")
     names = tuple(str(c) for c in range(max(order) + 1))
     return Stream(name, benchmark, tuple(order), tuple(sizes), names, digest.hexdigest())
+
+
+def _built_from_plain_values(name: str, build: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What `build` returns; StreamError if a pickle that it loads names code, whether it minds or not."""
+    with plain_pickles_only() as refused:
+        try:
+            benchmark = build(**arguments)
+        except Exception as error:
+            if refused:
+                raise _distrusted(name, refused) from error
+            raise
+    if refused:
+        raise _distrusted(name, refused)
+    return benchmark
+
+
+def _distrusted(name: str, refused: Sequence[str]) -> StreamError:
+    return StreamError(
+        f"{name}: {refused[0]}; accepted: files of plain values; or, if you trust whoever made them, set {_TRUST}=1 "
+        "in the environment"
+    )
 
 
 def _sort_files(benchmark: Any) -> None:

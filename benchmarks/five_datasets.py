@@ -3,9 +3,9 @@
 From Adversarial Continual Learning (Ebrahimi et al., ECCV 2020, arXiv 2003.09553); LoRAC-IPC (arXiv 2504.13407) takes
 the five in this order. Images come as RGB in their own size, 28x28 or 32x32; the papers' transforms scale them.
 
-Four come through torchvision, with its files and checksums. CIFAR-10's files are pickles, which torchvision opens only
-after their MD5 agrees. MNIST and FashionMNIST are read from the unpacked idx files, which have no checksum, and never
-from the `processed` files that old versions of torchvision wrote.
+Three come through torchvision, with its files and checksums. MNIST and FashionMNIST are read from the unpacked idx
+files, which have no checksum, and never from the `processed` files that old versions of torchvision wrote. CIFAR-10 is
+read by `cifar`, from the binary version or, without unpickling, from the Python version that torchvision has.
 
 NotMNIST is the archive of the Adversarial Continual Learning repository: `root/notMNIST/{Train,Test}/{A..J}/*.png`. No
 MD5 of it is published; known is its name inside git, a SHA-1 of its content, and a download is checked against that.
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as vision
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from tqdm import tqdm
 
+from avalanche_firn.benchmarks.cifar import ArrayImages, read_cifar
 from avalanche_firn.benchmarks.downloads import DownloadError, RemoteFile, default_root, fetch, unpack
 from avalanche_firn.benchmarks.image_files import ImageFiles, check_files, check_transforms, list_classes
 from avalanche_firn.benchmarks.streams import (
@@ -56,25 +56,6 @@ _DIGITS = tuple("0123456789")
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _CLASSES = {"svhn": _DIGITS, "mnist": _DIGITS, "cifar10": _CIFAR10, "notmnist": _LETTERS, "fashion_mnist": _FASHION}
-
-
-class ArrayImages(Dataset):
-    """(RGB image, label) pairs, the images PIL ones made from an array on access.
-
-    Args:
-        images: (N, H, W) or (N, H, W, 3) uint8.
-        targets: (N,) class ids.
-    """
-
-    def __init__(self, images: np.ndarray, targets: Sequence[int]) -> None:
-        self.images = images
-        self.targets = [int(t) for t in targets]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return Image.fromarray(np.ascontiguousarray(self.images[index])).convert("RGB"), self.targets[index]
 
 
 class JoinedImages(Dataset):
@@ -123,9 +104,9 @@ def five_datasets_stream(
     """One data set after the other: class-incremental, a data set per task.
 
     Args:
-        root: the folder with torchvision's files (`train_32x32.mat`, `MNIST/raw/...`, `cifar-10-batches-py/...`,
-            `FashionMNIST/raw/...`) and `notMNIST/`; what `datasets` doesn't name isn't needed. None: `five_datasets`
-            in Avalanche's folder for data.
+        root: the folder with torchvision's files (`train_32x32.mat`, `MNIST/raw/...`, `FashionMNIST/raw/...`),
+            `cifar-10-batches-bin/` or `cifar-10-batches-py/`, and `notMNIST/`; what `datasets` doesn't name isn't
+            needed. None: `five_datasets` in Avalanche's folder for data.
         datasets: some of `FIVE_DATASETS`, in the order of the tasks. The first has the class ids 0..9, the second
             10..19, and so on; a class is called "svhn/0" or "cifar10/airplane".
         train_transform, eval_transform: from an RGB PIL image to a tensor, see `benchmarks.transforms`.
@@ -203,19 +184,7 @@ def _svhn(root: Path, part: str, download: bool) -> _Part:
 
 
 def _cifar10(root: Path, part: str, download: bool) -> _Part:
-    base = vision.CIFAR10.base_folder
-    # torchvision checks the files of both parts, whichever is asked for
-    names = [f"{base}/{file}" for file, _ in [*vision.CIFAR10.train_list, *vision.CIFAR10.test_list]]
-    names.append(f"{base}/{vision.CIFAR10.meta['filename']}")
-    data = _torchvision(
-        "CIFAR-10",
-        root,
-        names,
-        vision.CIFAR10.url,
-        download,
-        lambda get: vision.CIFAR10(root, train=part == "train", download=get),
-    )
-    return _from_arrays(data.data, data.targets)
+    return _from_arrays(*read_cifar(10, root, part, download=download))
 
 
 def _mnist(root: Path, part: str, download: bool) -> _Part:

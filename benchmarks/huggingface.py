@@ -8,7 +8,8 @@ before 4.0 could run and later ones can't, so 4.0 is required and `trust_remote_
 The Hub keeps no fixed content under a name: pass `revision` (a commit) and compare `Stream.fingerprint`, which covers
 all labels and the bytes of the first image of every class, in each part.
 
-Unlike `ImageFiles`, the library turns images as their EXIF data says. Images are decoded on access, to RGB.
+The library hands over bytes or paths and never decodes: images are opened on access within the bounds of
+`image_bounds`, become RGB as in `image_files` and, unlike there, are turned as their EXIF data says, as it would do.
 
 Cost: labels are read at once, 0.1 us a row; one image per class and part is opened. The library keeps a copy of what it
 loads from folders of images and from the Hub (`HF_DATASETS_CACHE`).
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from avalanche_firn.benchmarks.image_files import IMAGE_MODES, check_transforms
+from avalanche_firn.benchmarks.image_bounds import BROKEN_IMAGE, bounded_image
+from avalanche_firn.benchmarks.image_files import check_mode, check_transforms
 from avalanche_firn.benchmarks.streams import (
     Digest,
     Stream,
@@ -40,6 +43,7 @@ INSTALL = "pip install avalanche-firn[huggingface]"
 OLDEST = 4  # major version: the first that can't run a data set's own code
 _FORMATS = ("arrow", "imagefolder", "parquet", "webdataset")  # loaders whose folder is data_dir
 _FIELDS = {"train": "train", "test": "test", "valid": "validation"}  # part -> argument that names its split
+_ORIENTATION = 0x0112  # of EXIF data
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes for several splits and for one
 
 
@@ -47,14 +51,15 @@ class HubImages(Dataset):
     """(RGB image, label) pairs over rows of a data set of the library.
 
     Args:
-        data: a split with its image column, the only one that is read.
+        data: a split with its image column, of type Image, the only one that is read.
         column: name of that column.
         rows: (N,) positions in `data`.
         targets: (N,) class ids of those rows.
     """
 
     def __init__(self, data: Any, column: str, rows: Sequence[int], targets: Sequence[int]) -> None:
-        self.data = data
+        image = data.features[column]
+        self.data = data.cast_column(column, type(image)(decode=False)) if image.decode else data
         self.column = column
         self.rows = [int(row) for row in rows]
         self.targets = [int(t) for t in targets]
@@ -65,13 +70,21 @@ class HubImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self.rows[index]
         try:
-            image = self.data[row][self.column]
-            if image is None or image.mode not in IMAGE_MODES:
-                found = "is empty" if image is None else f"has pixels of mode {image.mode}"
-                raise StreamError(f"it {found}; accepted: 8 bits per channel or fewer")
-            return image.convert("RGB"), self.targets[index]
-        except (OSError, SyntaxError, ValueError) as error:
+            return _decoded(self.data[row][self.column]), self.targets[index]
+        except BROKEN_IMAGE as error:
             raise StreamError(f"row {row} of column {self.column!r} cannot be decoded: {error}") from error
+
+
+def _decoded(stored: Any) -> Image.Image:
+    """The RGB image of a row, stored as {"bytes": ..., "path": ...}, turned as its EXIF data says."""
+    if stored is None:
+        raise ValueError("it is empty; accepted: an image in every row")
+    with bounded_image(stored["path"] if stored["bytes"] is None else stored["bytes"]) as image:
+        check_mode(image)
+        image.load()  # some formats know their EXIF data only then
+        if image.getexif().get(_ORIENTATION) is not None:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        return image.convert("RGB")
 
 
 def huggingface_stream(
@@ -306,12 +319,10 @@ def _labels(
 
 
 def _image_column(library: Any, data: Any, column: str) -> Any:
-    """The split with its image column alone, decoded on access."""
+    """The split with its image column alone, as bytes or paths: the library would decode whatever lies there."""
     alone = data.select_columns([column])
-    if isinstance(alone.features[column], library.Image):
-        return alone.cast_column(column, library.Image())  # undoes decode=False
     try:
-        return alone.cast_column(column, library.Image())
+        return alone.cast_column(column, library.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
         raise StreamError(f"image is {column!r}, of which the library makes no images: {error}") from error
 

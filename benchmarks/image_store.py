@@ -262,11 +262,13 @@ def write_facts(store: ImageStore, facts: dict[str, Any]) -> None:
 
 def read_store(file: Path, facts: dict[str, Any], rows: np.ndarray, length: int) -> ImageStore | None:
     """The store in a file of an earlier run, or None if there is none that holds exactly what `facts` describe."""
+    if not (file.is_file() and file.with_suffix(".json").is_file()):  # nor a pipe, which would be waited for
+        return None
     try:
         content = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         shape, channels = content.pop("shape"), content.pop("channels")
         size = file.stat().st_size
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     expected = json.loads(json.dumps({**_versions(), **facts}))
     if content != expected or not isinstance(shape, list) or [type(n) for n in shape] != [int] * 4:

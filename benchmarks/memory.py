@@ -14,8 +14,8 @@ Cost: decoding once, about an epoch's time; H W bytes per image and channel (150
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
@@ -41,6 +41,7 @@ from avalanche_firn.benchmarks.image_store import (
     stored_file,
     write_facts,
 )
+from avalanche_firn.benchmarks.named_files import describe_file
 from avalanche_firn.benchmarks.streams import Stream, StreamError
 from avalanche_firn.benchmarks.tensors import TensorImageDataset
 
@@ -259,7 +260,8 @@ class _Holder:
         """A store for each different prefix of `plans`, which loses groups whose images aren't fit to be held."""
         targets = leaf.data.targets
         try:
-            first = read_image(leaf.data, int(rows[0]), int(targets[int(rows[0])]))
+            with self._named():
+                first = read_image(leaf.data, int(rows[0]), int(targets[int(rows[0])]))
         except UnevenImagesError as error:
             raise _UnfitError(str(error)) from error
         probes: dict[str, Tensor] = {}
@@ -300,7 +302,8 @@ class _Holder:
             to = [place for name, place in zip(named, places, strict=True) if name in missing]
             label = f"decoding {self.stream.name}"
             try:
-                new = decode(leaf.data, targets, rows, loaders, to, label=label, quiet=self.quiet)
+                with self._named():
+                    new = decode(leaf.data, targets, rows, loaders, to, label=label, quiet=self.quiet)
             except UnevenImagesError as error:
                 self.space.give_back(size, places[0])
                 raise _UnfitError(str(error)) from error
@@ -312,6 +315,17 @@ class _Holder:
         if known:
             self.cache |= {keys[name]: stores[name] for name in named}
         return stores
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An image that can't be read is told with its class and split."""
+        try:
+            yield
+        except UnevenImagesError:
+            raise
+        except StreamError as error:
+            known = describe_file(self.stream, str(error))
+            raise StreamError(f"{error} ({known})" if known else str(error)) from error
 
 
 def _report(leaves: Sequence[Leaf], replaced: dict[int, tuple[Any, Any]]) -> MemoryReport:

@@ -26,6 +26,7 @@ from typing import Literal
 
 from avalanche_firn.benchmarks.class_files import read_class_images
 from avalanche_firn.benchmarks.class_images import ClassImages
+from avalanche_firn.benchmarks.downloads import RemoteFile, fetch, unpack
 from avalanche_firn.benchmarks.image_files import list_classes, visible
 from avalanche_firn.benchmarks.one_class import check_parts, split_stream
 from avalanche_firn.benchmarks.streams import Stream, StreamError, Transform
@@ -44,7 +45,9 @@ OMNIGLOT_SMALL_TRANSFER = ("Greek", "Latin", "Tagalog")
 
 _OUTER = "omniglot-py"
 _URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-_SMALL_MD5 = {
+_MD5 = {  # of the archives
+    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
     "images_background_small1": "e704a628b5459e08445c13499850abc4",
     "images_background_small2": "b75a71a51d3b13f821f212756fe481fd",
 }
@@ -68,8 +71,8 @@ def omniglot_classes(
             `root` and complete; None: the alphabets that lie in `root`, whatever they are.
         alphabets: names of whole alphabets to keep, in any order; None: all.
         size: height and width in pixels. 28: released code.
-        download: whether to fetch the part into `root/omniglot-py` if it isn't there (torchvision does it; the
-            archives have 9, 6 and 3 MB). False works offline.
+        download: whether to fetch the part into `root/omniglot-py` if it isn't there (the archives have 9, 6 and
+            3 MB and are checked). False works offline.
 
     Returns:
         Images (N, 1, size, size), mean 0 and std 1.
@@ -77,6 +80,7 @@ def omniglot_classes(
     Raises:
         StreamError: an unknown part, no such folder, or several that could be meant; a part with a wrong number of
             classes; unknown alphabets; a drawing that differs between the small subsets; files that are no images.
+        DownloadError: the part could not be fetched.
     """
     if part is not None and part not in OMNIGLOT_FOLDERS:
         raise StreamError(f"part is {part!r}; accepted: {', '.join(map(repr, OMNIGLOT_FOLDERS))} or None")
@@ -196,14 +200,9 @@ def _find(root: Path, name: str) -> Path | None:
 
 
 def _download(root: Path, part: str) -> None:
-    from torchvision.datasets import Omniglot
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    if part != "small":
-        Omniglot(root, background=part == "background", download=True)
-        return
-    for name, md5 in _SMALL_MD5.items():
-        download_and_extract_archive(f"{_URL}/{name}.zip", str(root / _OUTER), filename=f"{name}.zip", md5=md5)
+    for name in OMNIGLOT_FOLDERS[part]:
+        archive = fetch(RemoteFile(f"{_URL}/{name}.zip", f"{name}.zip", _MD5[name]), root / _OUTER)
+        unpack(archive, root / _OUTER, marker=name)
 
 
 def _check_folder(root: Path) -> None:

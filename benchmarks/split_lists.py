@@ -193,7 +193,7 @@ def _read_yaml(path: Path) -> list[str]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML has it; both safe
     try:
         content = yaml.load(_read_text(path), Loader=loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StreamError(f"{path} cannot be read as plain YAML: {error}") from error
     listed = content.get("data") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
@@ -203,6 +203,8 @@ def _read_yaml(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StreamError(f"{path} cannot be read: {error}; accepted: a text file in UTF-8") from error

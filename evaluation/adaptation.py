@@ -1,7 +1,8 @@
 """One model adapted to one set of tasks and tested on them: the work behind ``RepresentationProbe``.
 
-Features are extracted once and shared by all adaptations; a representation that is not finite is wrong everywhere,
-so that a diverged run ends with bad figures and not with an error.
+Features are extracted once and shared by all adaptations; one that is not finite stops the run by name, as does a
+fine-tuned network that answers with NaN: they have no accuracy. Of several rates that are tried out, one that diverges
+is merely never right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from avalanche_firn.evaluation import fine_tuning
 from avalanche_firn.evaluation.probes import fit_linear_probe, holdout_split, knn_predict
 from avalanche_firn.models.feature_cache import Features
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.models.parts import ModelParts, extract_features
+from avalanche_firn.plugins.feature_checks import check_by_class
 
 if TYPE_CHECKING:
     from avalanche_firn.evaluation.representation import RepresentationProbe
@@ -49,12 +52,14 @@ class AdaptationJob:
         self.weights, self.tasks, self.tested, self.device = weights, list(tasks), list(tested), device
         self._linear: dict[bool, fine_tuning.Head] = {}
         self._classes: Tensor | None = None
+        self._rate: float | None = None  # of the newest fine-tuning
 
     def run(self, name: Adaptation, step: int) -> dict[int, tuple[int, int]]:
-        """Task -> (correct, samples)."""
+        """Task -> (correct, samples).
+
+        :raises NonFiniteValues: features or answers that aren't finite.
+        """
         bank, targets = self._bank()
-        if not bool(bank.isfinite().all()):
-            return {task: (0, len(self._features("test", task)[1])) for task in self.tested}
         if name == "knn":
             k = self.probe.k(step, len(targets)) if callable(self.probe.k) else self.probe.k
 
@@ -80,9 +85,12 @@ class AdaptationJob:
         counts = {}
         for task in self.tested:
             features, wanted = self._features("test", task)
-            finite = features.isfinite().all(1)
-            hits = (predictions(features.nan_to_num(0, 0, 0), task) == wanted) & finite
-            counts[task] = (int(hits.sum()), len(wanted))
+            predicted = predictions(features, task)
+            hits, lost = torch.stack([(predicted == wanted).sum(), (predicted < 0).sum()]).tolist()
+            if lost:
+                rate = f" with lr {self._rate:g}" if self._rate is not None else ""
+                raise NonFiniteValues(f"{name} of task {task}{rate}: {lost} of {len(wanted)} test samples get NaN")
+            counts[task] = (hits, len(wanted))
         return counts
 
     @property
@@ -113,6 +121,10 @@ class AdaptationJob:
                 )
 
         features, targets = probe.cache.get(self.weights, key, extract, rows=len(dataset))
+        try:
+            check_by_class(features, targets)
+        except NonFiniteValues as error:
+            raise NonFiniteValues(f"{part} data of task {task}: {error}") from error
         return features.to(self.device), targets.to(self.device)
 
     def _bank(self) -> Features:
@@ -166,6 +178,7 @@ class AdaptationJob:
             rate = fine_tuning.choose_rate(
                 self.model, {"part": head(True)}, images, labels, probe.lr, self._split(), **settings
             )
+        self._rate = rate
         return fine_tuning.fine_tune(self.model, head(False), images, labels, lr=rate, **settings)
 
     def _images(self, part: Literal["train", "test"], task: int) -> Tensor:

@@ -31,6 +31,7 @@ from avalanche_firn.evaluation.figures import (
     in_legend,
     inked,
     new_figure,
+    plain_texts,
     styles_of,
     tidy,
     wrapped,
@@ -84,6 +85,7 @@ def _lines(
     return figure, axes, names
 
 
+@plain_texts
 def ranking_figure(
     intervals: Mapping[str, Interval],
     *,
@@ -120,6 +122,7 @@ def excludes_zero(interval: Interval) -> bool:
     return interval.lower is not None and interval.upper is not None and not interval.lower <= 0.0 <= interval.upper
 
 
+@plain_texts
 def differences_figure(
     intervals: Mapping[str, Interval],
     *,
@@ -242,6 +245,7 @@ def _scale_costs(axes: Axes, costs: Sequence[float], log: bool) -> None:
     axes.xaxis.set_major_formatter(letters if large else FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+@plain_texts
 def cost_figure(
     points: Mapping[str, tuple[float, float, float | None]],
     *,

@@ -10,6 +10,7 @@ Cost: one operation per mini-batch for the loss, two or three for the accuracy, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from avalanche.evaluation.metric_utils import get_metric_name
 from torch import Tensor
 
 from avalanche_firn.evaluation.predictions import best_columns
+from avalanche_firn.plugins.finite_words import not_evaluated
 
 __all__ = ["DeviceAccuracy", "DeviceLoss", "device_accuracy_metrics", "device_loss_metrics"]
 
@@ -37,6 +39,7 @@ class _DeviceMean(PluginMetric[dict[str, float]]):
 
     Raises:
         ValueError: neither is asked for.
+        NonFiniteError: where a mean is emitted, of outputs or losses that aren't all finite.
     """
 
     names: tuple[str, str]
@@ -50,6 +53,8 @@ class _DeviceMean(PluginMetric[dict[str, float]]):
         self._sums = [0.0, 0.0]  # experience, stream
         self._samples = [0, 0]
         self._waiting: list[tuple[Tensor, int]] = []  # a number on the device per mini-batch, and its samples
+        self._tops: list[Tensor] = []  # what must be finite beside these numbers
+        self._lost = ""  # why there is no mean; raised where it is emitted
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -71,12 +76,18 @@ class _DeviceMean(PluginMetric[dict[str, float]]):
     def reset(self) -> None:
         """Forget both means."""
         self._sums, self._samples, self._waiting = [0.0, 0.0], [0, 0], []
+        self._tops, self._lost = [], ""
 
     def _read(self) -> None:
         """Add what waits on the device, in its order."""
         if not self._waiting:
             return
         values = torch.stack([value for value, _ in self._waiting]).tolist()
+        if self._tops and not bool((tops := torch.cat(self._tops)).isfinite().all()):
+            self._lost = f"the outputs of {int((~tops.isfinite()).sum())} samples aren't finite"
+        if wrong := [value for value in values if not math.isfinite(value)]:
+            self._lost = f"the loss of {len(wrong)} of {len(values)} mini-batches isn't finite, of the first {wrong[0]}"
+        self._tops = []
         for value, (_, count) in zip(values, self._waiting, strict=True):
             term = self.mean(value, count) * count
             self._sums = [total + term for total in self._sums]
@@ -106,9 +117,11 @@ class _DeviceMean(PluginMetric[dict[str, float]]):
     def _emit(self, strategy: Any, level: str) -> Emitted:
         if not self._wanted[level]:
             return None
-        inside = level == "experience"
+        inside, value = level == "experience", self.result()[level]
+        if self._lost:
+            raise not_evaluated(strategy, self._lost)
         name = get_metric_name(self.names[0 if inside else 1], strategy, add_experience=inside, add_task=True)
-        return [MetricValue(self, name, self.result()[level], strategy.clock.train_iterations)]
+        return [MetricValue(self, name, value, strategy.clock.train_iterations)]
 
     # ------------------------------------------------------------------ state
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +131,7 @@ class _DeviceMean(PluginMetric[dict[str, float]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._waiting = []
+        self._waiting, self._tops, self._lost = [], [], ""
         self._sums = [float(total) for total in state["sums"]]
         self._samples = [int(count) for count in state["samples"]]
 
@@ -137,7 +150,8 @@ class DeviceAccuracy(_DeviceMean):
         if len(predicted) != len(true):
             raise ValueError(f"mb_output has {len(predicted)} rows and mb_y {len(true)}; equal numbers are accepted")
         if predicted.ndim > 1:
-            predicted = best_columns(predicted)[1]
+            top, predicted = best_columns(predicted)
+            self._tops.append(top)
         if true.ndim > 1:
             true = true.max(1).indices
         return (predicted == true).sum()

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from avalanche_firn.evaluation.figures import DPI, PALETTE
+from avalanche_firn.evaluation.figures import DPI, PALETTE, plain_texts
 
 _GREY = "#d9d9d9"
 _MOST_LABELS = 20
@@ -78,6 +78,7 @@ def _heat_map(
     return figure, axes
 
 
+@plain_texts
 def block_effect_figure(
     effects: ArrayLike,
     *,
@@ -104,6 +105,7 @@ def block_effect_figure(
     return figure
 
 
+@plain_texts
 def cosine_figure(cosine: ArrayLike, *, task_names: Sequence[str] | None = None, title: str | None = None) -> Figure:
     """Heat map of cosines between the gradients of tasks, from -1 (blue, opposed) to 1 (red, the same direction).
 
@@ -129,6 +131,7 @@ def _checked(steps: ArrayLike, loss: ArrayLike) -> tuple[NDArray[np.float64], ND
     return x, values
 
 
+@plain_texts
 def loss_map_figure(
     steps: ArrayLike, loss: ArrayLike, *, task_names: Sequence[str] | None = None, title: str | None = None
 ) -> Figure:
@@ -159,6 +162,7 @@ def loss_map_figure(
     return figure
 
 
+@plain_texts
 def task_curves_figure(
     steps: ArrayLike, loss: ArrayLike, *, ylabel: str = "loss (nats)", title: str | None = None
 ) -> Figure:

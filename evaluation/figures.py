@@ -10,16 +10,20 @@ Everything that is neither data nor a cell of a map is drawn in one of five colo
 notes), `GRID` (grid lines), `EMPTY` (cells that were not measured) and `PAPER` (background). No other thing has these
 colours, so a page that holds a picture as SVG may replace them by its own, for instance in dark mode. Default size is
 4.6 inches across with letters of 9 points or more: legible on a phone.
+
+Names are drawn letter by letter: a dollar sign begins no formula and nothing is given to TeX (:func:`plain_texts`).
 """
 
 from __future__ import annotations
 
+import functools
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -41,6 +45,9 @@ DPI = 150
 INK, MUTED, GRID, EMPTY, PAPER = "#1b1f24", "#5c6371", "#d8dce1", "#eceef1", "#fffffe"
 WIDTH = 4.6  # inches
 FONT = 9.0  # points
+PLAIN_TEXTS: Any = {"text.parse_math": False, "text.usetex": False}
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _LETTER = 0.082  # inches of an average letter of 9 points, on the safe side
 
 
@@ -78,6 +85,17 @@ def new_figure(width: float, height: float, *, constrained: bool = True) -> Figu
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain_texts(draw: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that draws or saves figures, with every text taken literally."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with matplotlib.rc_context(PLAIN_TEXTS):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def wrapped(label: str, letters: int) -> str:
@@ -159,6 +177,7 @@ def draw_cells(
     return image
 
 
+@plain_texts
 def task_matrix_figure(
     matrix: ArrayLike,
     *,
@@ -223,6 +242,7 @@ def in_legend(label: str, width: float) -> str:
     return "\n".join(line if len(line) <= letters else wrapped(line, letters) for line in label.split("\n"))
 
 
+@plain_texts
 def curves_figure(
     curves: Mapping[str, ArrayLike],
     *,
@@ -319,6 +339,7 @@ def tidy(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+@plain_texts
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes a PNG at 150 dpi, making the folder if needed; returns the path."""
     path = Path(path)

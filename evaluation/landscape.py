@@ -13,6 +13,8 @@ the shape.
 from __future__ import annotations
 
 import math
+import zipfile
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +31,14 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from avalanche_firn.evaluation.figures import DPI, PALETTE, save_figure
+from avalanche_firn.evaluation.figures import DPI, PALETTE, plain_texts, save_figure
 from avalanche_firn.evaluation.landscape_math import filter_normalized_direction, pca_directions
 from avalanche_firn.evaluation.surface import check_data, loss_surface
 from avalanche_firn.evaluation.trajectory import Part, Trajectory, chosen_parameters
 
 LEVELS = 24  # colour steps of a figure; our choice
 TEXTS = 10  # labels written beside a path; the markers stay. Our choice
+MAX_BYTES = 64 * 2**20  # of a stored landscape; one of 625 points has 10 kB. Our choice
 SPAN = 1e4  # colours reach from the highest finite loss down to this fraction of it; our choice
 
 Quantity = Literal["loss", "accuracy"]
@@ -85,6 +88,7 @@ class Landscape:
         object.__setattr__(self, "axes", (str(self.axes[0]), str(self.axes[1])))
 
     # ------------------------------------------------------------------ picture
+    @plain_texts
     def figure(self, quantity: Quantity = "loss", *, title: str | None = None) -> Figure:
         """Filled contours with a colour bar, and the path with its start, end and labelled points.
 
@@ -216,13 +220,30 @@ class Landscape:
 
     @classmethod
     def load(cls, stem: str | Path) -> Landscape:
-        """What :meth:`save` wrote under the same stem; FileNotFoundError if there is none."""
+        """What :meth:`save` wrote under the same stem, without unpickling anything.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged, holds something else, or announces more than 64 MB; it is named.
+        """
         stem = Path(stem)
-        with np.load(stem.with_name(f"{stem.name}.npz"), allow_pickle=False) as stored:
-            arrays = dict(stored)
-        explained = arrays.pop("explained").tolist()
-        labels, axes = (tuple(arrays.pop(name).tolist()) for name in ("labels", "axes"))
-        return cls(**arrays, labels=labels, axes=axes, explained=tuple(explained) if explained else None)
+        path = stem.with_name(f"{stem.name}.npz")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is {'not a file' if path.exists() else 'absent'}")
+        try:
+            with zipfile.ZipFile(path) as members:
+                size = sum(info.file_size for info in members.infolist())
+            if size > MAX_BYTES:
+                raise ValueError(f"it announces {size:,} bytes; accepted are {MAX_BYTES:,}")
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = dict(stored)
+            if odd := [name for name, array in arrays.items() if array.dtype.kind not in "fiuU"]:
+                raise ValueError(f"{odd[0]} holds {arrays[odd[0]].dtype}; accepted are numbers and texts")
+            explained = arrays.pop("explained").tolist()
+            labels, axes = (tuple(arrays.pop(name).tolist()) for name in ("labels", "axes"))
+            return cls(**arrays, labels=labels, axes=axes, explained=tuple(explained) if explained else None)
+        except (OSError, ValueError, TypeError, LookupError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} isn't a landscape as it was saved: {error}") from error
 
 
 def _edge(width: float) -> list[patheffects.AbstractPathEffect]:

@@ -29,6 +29,7 @@ from avalanche_firn.evaluation.figures import (
     draw_cells,
     inked,
     new_figure,
+    plain_texts,
     wrapped,
 )
 
@@ -77,6 +78,7 @@ def _panels(count: int, tasks: int, width: float, height: float | None) -> int:
     return max(range(1, count + 1), key=lambda n: min(width / n, height / math.ceil(count / n)))
 
 
+@plain_texts
 def task_matrices_figure(
     matrices: Mapping[str, ArrayLike], *, title: str | None = None, size: tuple[float, float] | None = None
 ) -> Figure:
@@ -147,6 +149,7 @@ def task_matrices_figure(
     return inked(figure)
 
 
+@plain_texts
 def task_confusion_figure(
     shares: ArrayLike, *, title: str | None = None, size: tuple[float, float] | None = None
 ) -> Figure:
@@ -214,6 +217,7 @@ def _blocks(found: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return sorted(every, key=key)
 
 
+@plain_texts
 def frozen_map_figure(
     frozen: Sequence[Sequence[str]],
     *,

@@ -26,6 +26,7 @@ from avalanche_firn.evaluation.efficiency import Efficiency
 from avalanche_firn.evaluation.figures import task_matrix_figure
 from avalanche_firn.evaluation.matrix import ResultMatrix
 from avalanche_firn.evaluation.predictions import best_columns
+from avalanche_firn.plugins.finite_words import not_evaluated
 
 Emitted = list[MetricValue] | None
 _TOGETHER = 256  # batches whose hits are added up at once
@@ -64,7 +65,8 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         image: emit the matrix as an image after the last experience.
 
     Predictions are the argmax over ``strategy.mb_output`` of shape (B, max class id + 1), compared with
-    ``strategy.mb_y`` (B,), original class ids. A row with a NaN is wrong. Raises TypeError for another kind of output.
+    ``strategy.mb_y`` (B,), original class ids. Raises TypeError for another kind of output, and NonFiniteError at the
+    end of an experience of which a sample has an output of NaN or infinity: that is no wrong answer, it is none.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         self._last: dict[str, tuple[int, float]] = {}
         self._correct: Tensor | None = None
         self._found: list[Tensor] = []  # right or not, per batch
+        self._tops: list[Tensor] = []  # largest outputs of the same samples
+        self._lost: Tensor | None = None  # samples whose outputs aren't finite
         self._followed = False  # whether the experience belongs to the stream
         self._total = 0
         self._evaluated: dict[int, tuple[int, int]] = {}
@@ -120,6 +124,7 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
 
     def before_eval_exp(self, strategy: Any) -> Emitted:
         self._correct, self._total, self._found = None, 0, []
+        self._tops, self._lost = [], None
         self._followed = strategy.experience.origin_stream.name == self.stream
         return None
 
@@ -131,6 +136,7 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
             kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"mb_output: got {kind}; accepted are logits of shape (B, max class id + 1)")
         self._found.append(self._hits(output, target))
+        self._tops.append(best_columns(output)[0])
         self._total += int(target.shape[0])
         if len(self._found) >= _TOGETHER:
             self._count()
@@ -140,8 +146,10 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         """Add up what was found right, on the device."""
         if self._found:
             hits = torch.cat(self._found).sum()
+            lost = (~torch.cat(self._tops).isfinite()).sum()
             self._correct = hits if self._correct is None else self._correct + hits
-            self._found = []
+            self._lost = lost if self._lost is None else self._lost + lost
+            self._found, self._tops = [], []
 
     def _hits(self, output: Tensor, target: Tensor) -> Tensor:
         """(B,) bool: which rows of the logits (B, C) are right for the class ids (B,)."""
@@ -152,7 +160,11 @@ class ResultMatrixMetric(PluginMetric[ResultMatrix]):
         experience = strategy.experience
         if experience.origin_stream.name == self.stream:
             self._count()
-            correct = 0 if self._correct is None else int(self._correct.item())
+            correct = 0
+            if self._correct is not None and self._lost is not None:
+                correct, lost = torch.stack([self._correct, self._lost]).tolist()
+                if lost:
+                    raise not_evaluated(strategy, f"the outputs of {lost} of {self._total} samples aren't finite")
             index = int(experience.current_experience)
             self._evaluated[index] = (correct, self._total)
             self._eval_stream = full_stream(experience)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from avalanche_firn.benchmarks.subsets import few_shot_indices, holdout_split
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.models.linear_probe import ProbeSolution, c_path, fit_linear_probe, l2_from_c, solve_linear_probe
 from avalanche_firn.models.ridge import RidgeStatistics, describe, is_integer
 
@@ -154,5 +155,5 @@ def _check_knn(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}; accepted are finite numbers above 0")
     if not bool(queries.isfinite().all() & bank.isfinite().all()):
-        raise ValueError("queries, bank: got NaN or infinite values; accepted are finite numbers")
+        raise NonFiniteValues("queries, bank: got NaN or infinite values; accepted are finite numbers")
     return int(k), int(chunk)

@@ -29,6 +29,7 @@ from avalanche_firn.evaluation.matrix import FORGETTING_KINDS, NotEvaluatedError
 from avalanche_firn.evaluation.probes import few_shot_indices
 from avalanche_firn.models.feature_cache import FeatureCache, backbone_sha256
 from avalanche_firn.models.parts import evaluation_mode, find_parts
+from avalanche_firn.plugins.finite_words import finite_or_stop
 from avalanche_firn.plugins.random_state import private_random_state
 
 When = Literal["experience", "diagonal", "end", "eval"]
@@ -65,6 +66,7 @@ class RepresentationProbe(PluginMetric[dict[str, ResultMatrix]]):
     :param num_workers: of feature extraction. :param cache: shared with a ``LinearProbePlugin``.
     :param detailed_tags: put the configuration into the tags: ``probe/knn_k200_T0.1``.
     :raises ValueError: settings out of range, streams of different length, a class with fewer samples than shots.
+    :raises NonFiniteError: in a run, features or answers that aren't finite (:meth:`measure`: NonFiniteValues).
     """
 
     def __init__(
@@ -288,7 +290,9 @@ class RepresentationProbe(PluginMetric[dict[str, ResultMatrix]]):
 
     def _record(self, strategy: Any, row: int, tasks: Iterable[int]) -> None:
         competing = None if self.task_aware else self._seen()
-        found = self.measure(strategy.model, row, tasks=tasks, device=strategy.device, competing=competing)
+        doing = f"probes of the representation after {row + 1} experiences of training"
+        with finite_or_stop(strategy, doing, "A smaller rate, or precision fp32 or bf16, usually helps."):
+            found = self.measure(strategy.model, row, tasks=tasks, device=strategy.device, competing=competing)
         for name, counts in found.items():
             for task, (correct, total) in counts.items():
                 classes = self.test_stream[task].classes_in_this_experience

@@ -34,6 +34,8 @@ from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import text as text_summary
 
+from avalanche_firn.evaluation.figures import plain_texts
+
 __all__ = [
     "SUFFIX",
     "Category",
@@ -225,6 +227,7 @@ def _layout(categories: Sequence[Category]) -> Summary:
     return Summary(value=[Summary.Value(tag=_LAYOUT_TAG, tensor=tensor, metadata=metadata)])
 
 
+@plain_texts
 def _image(tag: str, figure: Figure) -> Summary:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=IMAGE_DPI, facecolor="white", metadata={"Software": None})

@@ -24,6 +24,7 @@ from torch import Tensor
 from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.evaluation.map_figures import task_confusion_figure
 from avalanche_firn.evaluation.predictions import best_columns
+from avalanche_firn.plugins.finite_words import not_evaluated
 
 __all__ = ["WITHIN_TASK", "TaskConfusion", "confusion_shares"]
 
@@ -73,8 +74,8 @@ class TaskConfusion(PluginMetric["Counts | None"]):
     """Counts, per evaluated experience, the tasks that the predicted classes belong to.
 
     ``counts[i][j]``: samples of the i-th task seen whose predicted class belongs to the j-th one. Predictions of a
-    class of no task seen so far, and rows with a NaN, are in a column behind, which is there only if it isn't empty. A
-    row adds up to the samples of its task, and its diagonal entry is at least the number of right ones.
+    class of no task seen so far are in a column behind, which is there only if it isn't empty. A row adds up to the
+    samples of its task, and its diagonal entry is at least the number of right ones.
 
     Emitted after an evaluation of all tasks seen, over the index of the experience trained last:
     ``accuracy/within-task``, the share of the pooled samples of the tasks seen whose prediction lies in their own task;
@@ -91,7 +92,7 @@ class TaskConfusion(PluginMetric["Counts | None"]):
         image: emit the image after the last experience.
 
     Predictions are the argmax over ``strategy.mb_output`` of shape (B, max class id + 1), original class ids. Raises
-    TypeError for another kind of output.
+    TypeError for another kind of output, NonFiniteError for NaN among them.
     """
 
     def __init__(self, *, stream: str = "test", prefix: str | None = None, image: bool = True) -> None:
@@ -194,7 +195,7 @@ class TaskConfusion(PluginMetric["Counts | None"]):
             return None  # a partial evaluation
         if any(not self._classes[i] for i in seen if i in self._sums):
             return None  # nobody says which classes are the task's
-        counts = self._by_task(seen)
+        counts = self._by_task(strategy, seen)
         step, total = len(self._trained) - 1, sum(map(sum, counts))
         if not total:
             return None  # batches without a sample
@@ -211,12 +212,16 @@ class TaskConfusion(PluginMetric["Counts | None"]):
         return emitted
 
     # ------------------------------------------------------------------ work
-    def _by_task(self, seen: Sequence[int]) -> Counts:
+    def _by_task(self, strategy: Any, seen: Sequence[int]) -> Counts:
         """Counts by true and predicted task of the tasks seen; the only place that waits for the device."""
         known = [i for i in seen if i in self._sums]  # others have no sample
         width = max(len(self._sums[i]) for i in known)
         padded = [torch.nn.functional.pad(self._sums[i], (0, width - len(self._sums[i]))) for i in known]
         table = dict(zip(known, torch.stack(padded).cpu().numpy(), strict=True))
+        for index, sums in table.items():
+            if sums[0]:
+                where = f"experience {index} of the stream {self.stream!r}"
+                raise not_evaluated(strategy, f"the outputs of {sums[0]} samples hold a NaN", where)
         task_of = np.full(width, len(seen))  # no task seen
         for place, index in enumerate(seen):
             task_of[[1 + c for c in self._classes[index] if 1 + c < width]] = place

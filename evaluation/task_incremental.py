@@ -61,7 +61,7 @@ class TaskIncrementalMatrixMetric(ResultMatrixMetric):
             # ascending: of equal logits the first counts, here as among all classes
             self._allowed = sorted(int(c) for c in getattr(experience, "classes_in_this_experience", None) or ())
             self._columns = None
-            if not self._allowed:
+            if not self._allowed and len(experience.dataset):
                 raise ValueError(
                     f"classes_in_this_experience: got none for experience {experience.current_experience} of stream "
                     f"{self.stream!r}; accepted is at least one class id, see Avalanche's with_classes_timeline"

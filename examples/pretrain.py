@@ -27,12 +27,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import avalanche_firn.models.vit_firn  # noqa: F401  registers vit_firn_32 with timm
+from avalanche_firn.benchmarks.image_bounds import BROKEN_IMAGE, bounded_image
+from avalanche_firn.benchmarks.image_files import check_mode
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 
@@ -60,9 +62,10 @@ def load_folder(root: Path, edge: int) -> tuple[Tensor, Tensor, list[str]]:
     images = torch.empty(len(files), 3, edge, edge, dtype=torch.uint8)
     for i, path in enumerate(tqdm(files, desc="reading", disable=None)):
         try:
-            with Image.open(path) as image:
+            with bounded_image(path) as image:
+                check_mode(image)
                 pixels = image.convert("RGB").resize((edge, edge), Image.Resampling.BOX)
-        except (OSError, ValueError, SyntaxError) as error:
+        except BROKEN_IMAGE as error:
             raise ValueError(f"{path} cannot be decoded as an image ({error})") from error
         images[i] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
     grey = bool((images == images[:, :1]).all())
@@ -208,8 +211,11 @@ class Trainer:
         """Load a checkpoint; returns the epochs done, 0 where there is none. ValueError for another run's."""
         if not path.exists():
             return 0
-        with safe_open(path, framework="pt") as file:
-            meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} can't be read ({error}); --fresh starts over") from error
         old, new = json.loads(meta["settings"]), self.settings
         if changed := [f"{k} {old.get(k)!r} there, {v!r} now" for k, v in new.items() if old.get(k) != v]:
             raise ValueError(f"{path} is of a run with other settings ({'; '.join(changed)}); --fresh starts over")

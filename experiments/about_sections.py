@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import Problem, nearest, reject
-from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP
+from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP, repeated
 from avalanche_firn.experiments.section_base import Section
 
 __all__ = [
@@ -116,9 +116,8 @@ class TargetConfig(Section):
 def check_repeated(targets: Sequence[TargetConfig]) -> list[TargetConfig]:
     """Refuses two figures of the same kind for the same row, inside a validator."""
     rows = [(target.label, target.figure) for target in targets]
-    repeated = sorted({row for row in rows if rows.count(row) > 1})
-    told = ", ".join(f"{figure} of {label}" for label, figure in repeated)
-    reject([("", f"{told}: given twice", "every figure of a row once")] if repeated else [])
+    told = ", ".join(f"{figure} of {label}" for label, figure in repeated(rows))
+    reject([("", f"{told}: given twice", "every figure of a row once")] if told else [])
     return list(targets)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import json
 import os
 import shutil
 import signal
@@ -25,6 +27,7 @@ from avalanche_firn.experiments.about_sections import target_problems
 from avalanche_firn.experiments.cli_parser import DEFAULT_RECIPE, EXPORTS, Parser, build_parser
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError, Problem, explain_keys, nearest
+from avalanche_firn.experiments.escapes import visible
 from avalanche_firn.experiments.narration import (
     JsonNarrator,
     TextNarrator,
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_UsageError, ConfigError) as error:
         if scripted:
             scripted.tell("error", **error_facts(error))
-        print(f"firn: {error}", file=sys.stderr)
+        print(f"firn: {visible(str(error))}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
         if scripted and not scripted.ended:
@@ -80,9 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (held until the process ends)
         return OK
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            if scripted and not scripted.ended:
+                scripted.tell("error", **error_facts(error))
+            print(f"firn: {visible(str(error))}", file=sys.stderr)
+            return WRONG
+        outside = _from_outside(error)
         if scripted and not scripted.ended:
-            scripted.tell("error", **error_facts(RuntimeError(f"{type(error).__name__}: {error}")))
-        raise
+            scripted.tell("error", **error_facts(outside or RuntimeError(f"{type(error).__name__}: {error}")))
+        if outside is None:
+            raise
+        print(f"firn: {visible(str(outside))}", file=sys.stderr)
+        return FAILED
 
 
 def _recipe_and_overrides(words: Sequence[str], default: str | None) -> tuple[str, list[str]]:
@@ -97,7 +109,7 @@ def _recipe_and_overrides(words: Sequence[str], default: str | None) -> tuple[st
 def _loaded(arguments: argparse.Namespace, default: str | None = None) -> Config | TransferExperiment:
     source, overrides = _recipe_and_overrides(arguments.words, default)
     if getattr(arguments, "output", None) is not None:
-        overrides.append(f"output={arguments.output!r}")
+        overrides.append(f"output={json.dumps(arguments.output)}")  # as YAML takes it, whatever is in the name
     return load_experiment(source, overrides)
 
 
@@ -128,9 +140,14 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(arguments: argparse.Namespace, folder: Path, work: Callable[[Any], Any]) -> int:
-    """Run `work`, which gets a narrator, and turn its end into an exit status with a word on how to go on."""
-    from avalanche_firn.plugins.checkpoint_files import CheckpointError
+def _train(
+    arguments: argparse.Namespace, folder: Path, work: Callable[[Any], Any], settings: Sequence[str] = ()
+) -> int:
+    """Run `work`, which gets a narrator, and turn its end into an exit status with a word on how to go on.
+
+    `settings`: ``key=value`` that runs go on with.
+    """
+    from avalanche_firn.plugins.checkpoint_errors import CheckpointError
 
     told: list[str] = []  # shown after the traceback
     narrator = arguments.scripted or TextNarrator(quiet=arguments.quiet, stopped=told.append)
@@ -141,20 +158,39 @@ def _train(arguments: argparse.Namespace, folder: Path, work: Callable[[Any], An
         raise
     except (KeyboardInterrupt, Exception) as error:
         event = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        resume = {"resume": resume_command(folder)}
+        resume = {"resume": resume_command(folder, settings)}
         if arguments.scripted and not narrator.ended:  # before the first run
             more = {} if event == "interrupted" else {"error": f"{type(error).__name__}: {error}"}
             narrator.tell(event, folder=folder, finished=[], left=[], seconds_left=None, report=None, **resume, **more)
         text = "\n".join(told) or stopped_text(event, resume)
+        outside = _from_outside(error)
         if isinstance(error, CheckpointError):
             text = str(error)
+        elif outside is not None:
+            text = f"{outside}\n{text}"
         elif event == "failed":
             traceback.print_exc()
-        print("\n" * (event == "interrupted") + f"firn: {text}", file=sys.stderr)
+        print("\n" * (event == "interrupted") + f"firn: {visible(text)}", file=sys.stderr)
         return INTERRUPTED if event == "interrupted" else FAILED
     if not arguments.scripted:
-        print(done)
+        print(visible(str(done)))
     return OK
+
+
+def _from_outside(error: BaseException) -> Exception | None:
+    """What to tell of an error of numbers, memory, disk or data; None for one of the code, or an interruption."""
+    if not isinstance(error, (OSError, MemoryError, RuntimeError)):
+        return None
+    from avalanche_firn.plugins.memory_stop import is_out_of_memory, out_of_memory
+    from avalanche_firn.plugins.run_errors import RunError
+    from avalanche_firn.plugins.storage_stop import storage_error, storage_problem
+
+    if isinstance(error, RunError):
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory(error)
+    problem = storage_problem(error)
+    return None if problem is None else storage_error(problem, "a file", problem.filename or ".", verb="use")
 
 
 def _compared(config: Config | TransferExperiment, **options: Any) -> Any:
@@ -221,24 +257,26 @@ def _one(config: Config | TransferExperiment, method: object, seed: object) -> t
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    if arguments.words:
-        raise _UsageError(f"one folder is accepted, found {', '.join(map(str, [arguments.folder, *arguments.words]))}")
-    file = arguments.folder / "config.yaml"
+    settings, folder = list(arguments.words), arguments.folder
+    folders = [str(folder), *(word for word in settings if "=" not in word)]
+    if len(folders) > 1:
+        raise _UsageError(f"one folder is accepted, found {', '.join(folders)}")
+    file = folder / "config.yaml"
     if not file.is_file():
-        raise ConfigError(f"{arguments.folder} holds no config.yaml; give the folder of a run or of a comparison")
+        raise ConfigError(f"{folder} holds no config.yaml; give the folder of a run or of a comparison")
     config = load_experiment(file)
     _calm()
-    return _train(arguments, arguments.folder, lambda narrator: _resumed(config, arguments.folder, narrator))
+    return _train(arguments, folder, lambda narrator: _resumed(config, folder, narrator, settings), settings)
 
 
-def _resumed(config: Config | TransferExperiment, folder: Path, narrator: Any) -> Any:
+def _resumed(config: Config | TransferExperiment, folder: Path, narrator: Any, settings: Sequence[str]) -> Any:
     if isinstance(config, TransferExperiment):
         from avalanche_firn.experiments.transfer_comparison import resume_transfers
 
-        return resume_transfers(config, folder, narrator=narrator)
+        return resume_transfers(config, folder, narrator=narrator, settings=settings)
     from avalanche_firn.experiments.comparison import resume
 
-    return resume(config, folder, narrator=narrator)
+    return resume(config, folder, narrator=narrator, settings=settings)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -266,7 +304,7 @@ def _report(arguments: argparse.Namespace) -> int:
         unfinished = [run.to_dict() for run in find_unfinished(folders)]
         arguments.scripted.tell("report", methods=methods, unfinished=unfinished, report=written)
     else:
-        print(text)
+        print(visible(text))
     return OK
 
 
@@ -283,7 +321,7 @@ def _results(arguments: argparse.Namespace) -> int:
     from avalanche_firn.experiments.reproduction_text import make_results
 
     chosen = {"collect_to": arguments.collect, "changed_code": arguments.changed_code, "replace": arguments.replace}
-    print(make_results([Path(word) for word in arguments.words], output=arguments.output, **chosen))
+    print(visible(make_results([Path(word) for word in arguments.words], output=arguments.output, **chosen)))
     return OK
 
 
@@ -296,7 +334,7 @@ def _export(arguments: argparse.Namespace) -> int:
     written = export_run(
         arguments.folder, arguments.format, output=arguments.output, task=arguments.task, force=arguments.force
     )
-    print(describe_export(written))
+    print(visible(describe_export(written)))
     return OK
 
 
@@ -310,9 +348,10 @@ def _recipes(arguments: argparse.Namespace) -> int:
         terminal = sys.stdout.isatty()
         print(recipes_text(long=arguments.long, width=shutil.get_terminal_size().columns if terminal else None))
     elif action == "show":
-        print(read_recipe(name), end="")
+        text = read_recipe(name)  # of anybody: as it is into a file or a pipe, harmless on a terminal
+        print(visible(text) if sys.stdout.isatty() else text, end="")
     elif action == "copy":
-        print(f"copied to {copy_recipe(name, arguments.target)}")
+        print(visible(f"copied to {copy_recipe(name, arguments.target)}"))
     else:
         for title, schema in (("a comparison on a stream", Config), ("a transfer experiment", TransferExperiment)):
             print(f"# keys of {title}")
@@ -333,7 +372,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from avalanche_firn.experiments.dry_run import dry_run, outline
     from avalanche_firn.experiments.resources import prepare
 
-    print(outline(config) if arguments.no_data else prepare(config))
+    print(visible(outline(config) if arguments.no_data else str(prepare(config))))
     if arguments.dry_run:
         for line in dry_run(config, data=not arguments.no_data):
             print(line, flush=True)
@@ -347,7 +386,7 @@ def _check_transfer(config: TransferExperiment, arguments: argparse.Namespace) -
         prepare_transfers,
     )
 
-    print(outline_transfers(config) if arguments.no_data else prepare_transfers(config))
+    print(visible(str(outline_transfers(config) if arguments.no_data else prepare_transfers(config))))
     if arguments.dry_run:
         for line in dry_run_transfers(config, data=not arguments.no_data):
             print(line, flush=True)

@@ -61,8 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _training_options(sub)
 
-    sub = command("resume", "go on with an interrupted run or comparison, as if it had never stopped")
+    sub = command(
+        "resume",
+        "go on with an interrupted run or comparison, as if it had never stopped",
+        "key=value changes how it computes, and not what it is: performance.accumulate=4 (with too little memory), "
+        "performance.memory=off, training.num_workers=0, training.eval_batch_size, device, threads, checkpoint.every "
+        "and so on. What may change figures is declared in the results.",
+    )
     sub.add_argument("folder", type=Path, help="folder of a run or of a comparison")
+    sub.add_argument("words", nargs="*", metavar="key=value", help="settings to go on with")
     _telling_options(sub)
 
     sub = command(

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from avalanche_firn.experiments.errors import ConfigError
-from avalanche_firn.experiments.recipe import dump, parse
+from avalanche_firn.experiments.recipe import dump, parse, read_recipe
 from avalanche_firn.experiments.reproduction import StoredRun, reproduce, stored_runs
 from avalanche_firn.experiments.results import FILE, write_text
 
@@ -58,7 +58,7 @@ def collect(folders: Iterable[Path], target: Path, *, changed_code: bool = False
         if problem is None:
             place = target / places[run.folder]
             content = _content(run)
-            differs = [n for n, text in content.items() if (place / n).is_file() and (place / n).read_text() != text]
+            differs = [n for n, text in content.items() if (place / n).exists() and _bytes(place / n) != text.encode()]
             if differs and not replace:
                 problem = f"{place} holds another run already ({', '.join(differs)} differ); replace it knowingly"
             elif place in files:
@@ -73,6 +73,14 @@ def collect(folders: Iterable[Path], target: Path, *, changed_code: bool = False
         for name in sorted(content, key=lambda name: name == FILE):  # last: where it is, the rest is
             write_text(place / name, content[name])
     return sorted(files)
+
+
+def _bytes(file: Path) -> bytes | None:
+    """What is in a file; None where it can't be read."""
+    try:
+        return file.read_bytes() if file.is_file() else None
+    except OSError:
+        return None
 
 
 def _refused(run: StoredRun, *, changed_code: bool) -> str | None:
@@ -102,7 +110,7 @@ def _destinations(runs: list[StoredRun]) -> dict[Path, Path]:
 
 
 def _content(run: StoredRun) -> dict[str, str]:
-    config = parse((run.folder / "config.yaml").read_text(encoding="utf-8"), source=str(run.folder / "config.yaml"))
+    config = parse(read_recipe(run.folder / "config.yaml"), source=str(run.folder / "config.yaml"))
     kept = portable({key: value for key, value in config.items() if key not in _SAID}) | {"output": "runs"}
     environment = portable_environment(run.environment or {})
     return {

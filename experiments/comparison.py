@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from avalanche_firn.experiments.report import facts, text_table, write_report
 from avalanche_firn.experiments.report_tensorboard import write_dashboard
 from avalanche_firn.experiments.resources import prepare
 from avalanche_firn.experiments.results import Group, group_runs, read_results, write_text
+from avalanche_firn.experiments.resume_settings import plan_with_settings
 from avalanche_firn.experiments.run_folders import (
     SUMMARY,
     Planned,
+    claimed,
     comparison_folder,
     delete_runs,
     is_run,
@@ -34,6 +37,7 @@ from avalanche_firn.experiments.run_folders import (
 from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.runner import run
 from avalanche_firn.experiments.unfinished import find_unfinished
+from avalanche_firn.plugins.storage_stop import writing
 
 __all__ = ["Comparison", "compare", "comparison_folder", "described", "resume", "run_folder"]
 
@@ -92,8 +96,9 @@ def compare(
     summary: bool = True,
     say: Callable[[str], None] = print,
     narrator: Narrator | None = None,
+    settings: Sequence[str] = (),
 ) -> Comparison:
-    """Train what is missing, and summarise.
+    """Train what is missing, and summarise. One process at a time works on the folder of a comparison.
 
     Args:
         config: methods and seeds.
@@ -103,6 +108,8 @@ def compare(
         summary: write the comparison's own ``config.yaml`` and ``summary/``; off for a single run.
         say: takes the lines of progress.
         narrator: hears what happens, in the place of `quiet` and `say`.
+        settings: ``key=value`` that runs which aren't finished go on with, see
+            :mod:`~avalanche_firn.experiments.resume_settings`.
 
     Returns:
         Results by method, best last accuracy first.
@@ -110,19 +117,24 @@ def compare(
     Raises:
         ConfigError: something the configuration points to can't be had, or the folder holds runs of another
             configuration; nothing has been written then.
+        CheckpointError: another process works on the folder; none of its files were touched.
+        RunError: memory, disk or images end a run, or numbers that aren't finite; its last checkpoint is kept.
     """
     folder = comparison_folder(config) if folder is None else folder
-    plan = list(plan_runs(config, folder, fresh))
-    if not all(planned.finished for planned in plan):
-        prepare(config)
-    if fresh:
-        delete_runs(folder, plan, everything=summary)
-    if summary:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump(config))
-        if not any(planned.finished for planned in plan):
-            write_dashboard(folder / SUMMARY, [])  # a TensorBoard that is open reads the columns of its table only once
-    return _done(config, folder, plan, narrator or TextNarrator(say, quiet=quiet), summary=summary)
+    narrator = narrator or TextNarrator(say, quiet=quiet)
+    with claimed(folder) if summary else nullcontext():  # a single run of it is kept apart by its own folder
+        plan = plan_with_settings(list(plan_runs(config, folder, fresh)), settings)
+        _prepare(config, plan)
+        if fresh:
+            delete_runs(folder, plan, everything=summary)
+        if summary:
+            with writing("the settings of a comparison", folder / "config.yaml"):
+                write_text(folder / "config.yaml", dump(config))
+            if not any(planned.finished for planned in plan):
+                with writing("the dashboard of a comparison", folder / SUMMARY):
+                    # a TensorBoard that is open reads the columns of its table only once
+                    write_dashboard(folder / SUMMARY, [])
+        return _done(config, folder, plan, narrator, settings, summary=summary)
 
 
 def resume(
@@ -132,19 +144,32 @@ def resume(
     quiet: bool = False,
     say: Callable[[str], None] = print,
     narrator: Narrator | None = None,
+    settings: Sequence[str] = (),
 ) -> Comparison:
     """Go on in a folder whose ``config.yaml`` is `config`: the folder of a comparison or of a single run."""
     if not is_run(config, folder):
-        return compare(config, folder=folder, quiet=quiet, say=say, narrator=narrator)
-    finished = read_results(folder) is not None
-    if not finished:
-        prepare(config)
-    plan = [Planned(config, folder, finished)]
-    return _done(config, folder, plan, narrator or TextNarrator(say, quiet=quiet), summary=False)
+        return compare(config, folder=folder, quiet=quiet, say=say, narrator=narrator, settings=settings)
+    plan = plan_with_settings([Planned(config, folder, read_results(folder) is not None)], settings)
+    _prepare(config, plan)
+    return _done(config, folder, plan, narrator or TextNarrator(say, quiet=quiet), settings, summary=False)
+
+
+def _prepare(config: Config, plan: Sequence[Planned[Config]]) -> None:
+    """Load what runs that aren't finished need, before any of them begins."""
+    waiting = [planned for planned in plan if not planned.finished]
+    if waiting:
+        device = (waiting[0].running or config).device
+        prepare(config.model_copy(update={"device": device}))
 
 
 def _done(
-    config: Config, folder: Path, plan: Sequence[Planned[Config]], narrator: Narrator, *, summary: bool
+    config: Config,
+    folder: Path,
+    plan: Sequence[Planned[Config]],
+    narrator: Narrator,
+    settings: Sequence[str],
+    *,
+    summary: bool,
 ) -> Comparison:
     """Do a plan and summarise it."""
     target = folder / SUMMARY if summary else None
@@ -157,7 +182,8 @@ def _done(
     images: dict[str, Any] = {}
 
     def one(planned: Planned[Config], watch: RunWatch) -> dict[str, Any]:
-        return run(planned.config, planned.folder, quiet=narrator.quiet, images=images, watch=watch)
+        config, place, running = planned.config, planned.folder, planned.running
+        return run(config, place, quiet=narrator.quiet, images=images, watch=watch, running=running)
 
     course = Course(
         plan,
@@ -166,6 +192,7 @@ def _done(
         narrator=narrator,
         progress=config.progress,
         resume=folder if summary else None,
+        settings=settings,
         report=report if summary else None,
     )
     runs = course.work(one)

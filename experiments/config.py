@@ -37,6 +37,8 @@ from avalanche_firn.experiments.schema_rules import (
     COSMETIC,
     LABEL,
     LABEL_HELP,
+    Folder,
+    Label,
     check_labels,
     check_seeds,
     digest_of,
@@ -251,12 +253,14 @@ MethodConfig = Annotated[
 class Config(Section):
     """A comparison of methods over seeds on one stream."""
 
-    name: str = Field(pattern=LABEL, json_schema_extra=LABEL_HELP, description="folder of the comparison below output")
+    name: Label = Field(
+        pattern=LABEL, json_schema_extra=LABEL_HELP, description="folder of the comparison below output"
+    )
     description: str = Field(default="", description="one line for firn recipes ls")
     benchmark: str = Field(default="", description="one line for firn recipes ls: data, tasks, classes")
     cost: CostConfig | None = Field(default=None, description="what a run needs; null = not known")
     targets: list[TargetConfig] = Field(default_factory=list, description="figures that others report for it")
-    output: str = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
+    output: Folder = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default=[0, 1, 2], min_length=1, description="one run per method and seed; our choice"
     )
@@ -269,7 +273,14 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="fp32", description="autocast of forward passes, auto = bf16 or fp16 on a GPU; fp32 as in the SLCA code"
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of torch; null leaves torch's own choice"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="only operations that torch makes deterministic, true = stop at others; slower, other rounding on "
+        "a GPU",
+    )
     backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="the pre-trained feature extractor")
     stream: StreamConfig = Field(description="the data and how it is cut into experiences")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="for every method")
@@ -402,6 +413,8 @@ class Config(Section):
         """Everything that decides a run's figures, as plain values; what is only shown or stored is left out."""
         values = self.model_dump()
         changed = changed_figures(values["performance"])
+        if not values["deterministic"]:
+            del values["deterministic"]  # which runs of before it was there were not asked for
         kept = {key: value for key, value in values.items() if key not in COSMETIC}
         return kept | ({"performance": changed} if changed else {})
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
+from avalanche_firn.experiments.section_base import Section
 
 __all__ = [
     "AugmentationConfig",
@@ -23,11 +24,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ContrastiveConfig(_Section):
+class ContrastiveConfig(Section):
     """The losses of Co2L; ContrastiveDistillationPlugin explains every option."""
 
     temperature: Positive = Field(default=0.5, description="of the contrastive loss; the Co2L code, CIFAR-10")
@@ -46,7 +43,7 @@ class ContrastiveConfig(_Section):
     normalize: bool = Field(default=True, description="projections of unit norm; the Co2L code but for R-MNIST")
 
 
-class CoefficientConfig(_Section):
+class CoefficientConfig(Section):
     """CILA's weight of the distillation; what is open in the paper is a choice here."""
 
     mode: Literal["max", "min", "pure"] = Field(default="max", description="max = CILA, the others its ablation")
@@ -61,7 +58,7 @@ class CoefficientConfig(_Section):
     )
 
 
-class ClassifierStageConfig(_Section):
+class ClassifierStageConfig(Section):
     """The linear classifier fitted on the frozen backbone after an experience."""
 
     epochs: int = Field(default=100, ge=1, description="the Co2L code")
@@ -93,7 +90,7 @@ class ClassifierStageConfig(_Section):
         return self
 
 
-class AugmentationConfig(_Section):
+class AugmentationConfig(Section):
     """Two random views of every image, drawn on the device."""
 
     crop_scale: list[Probability] = Field(
@@ -129,7 +126,7 @@ class AugmentationConfig(_Section):
         return self
 
 
-class RateScheduleConfig(_Section):
+class RateScheduleConfig(Section):
     """Epochs of the first experience and the warm-up.
 
     The rate follows half a cosine over the epochs, counted from 1: a single epoch runs at a thousandth of the rate.
@@ -144,7 +141,7 @@ class RateScheduleConfig(_Section):
     )
 
 
-class RehearsalConfig(_Section):
+class RehearsalConfig(Section):
     """The buffer of earlier images."""
 
     mem_size: int = Field(default=200, ge=1, description="images kept; 200 and 500 in Co2L")
@@ -153,7 +150,7 @@ class RehearsalConfig(_Section):
     )
 
 
-class ContrastiveBoundConfig(_Section):
+class ContrastiveBoundConfig(Section):
     """The losses and bounds that CILA's theory speaks of, on held-out images, for contrastive methods."""
 
     negatives: int = Field(default=8, ge=1, description="per pair; our choice")

@@ -63,6 +63,7 @@ class Course:
         narrator: hears of everything.
         progress: whether bars are wanted at all, see :func:`~avalanche_firn.experiments.progress.bars_wanted`.
         resume: the folder that ``firn resume`` would go on in; None: that of the run that broke off.
+        settings: ``key=value`` that the runs go on with; the command that goes on has them, too.
         report: writes the report of the runs that it is given, and gives its file.
     """
 
@@ -76,10 +77,12 @@ class Course:
         progress: bool,
         resume: Path | None,
         report: Callable[[Runs], Path] | None = None,
+        settings: Sequence[str] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.plan, self.name, self.folder, self.report = list(plan), name, folder, report
         self.narrator, self._resume, self._clock = narrator, resume, clock
+        self._settings = tuple(settings)
         self.quiet = narrator.quiet
         self.bars = bars_wanted(progress, narrator.quiet)
         if self.bars and isinstance(narrator, TextNarrator):
@@ -188,7 +191,7 @@ class Course:
             seeds=list(dict.fromkeys(planned.config.seeds[0] for planned in self.plan)),
             kept=len(self.found),
             seconds_left=self.time_left.seconds_left(),
-            resume=resume_command(self._resume or self.plan[0].folder),
+            resume=resume_command(self._resume or self.plan[0].folder, self._settings),
         )
 
     # ------------------------------------------------------------------ reports
@@ -239,7 +242,7 @@ class Course:
             "finished": [who for who, p in zip(listed, self.plan, strict=True) if p.folder in self.found],
             "left": [who for who, p in zip(listed, self.plan, strict=True) if p.folder not in self.found],
             "seconds_left": self.time_left.seconds_left(),
-            "resume": resume_command(place),
+            "resume": resume_command(place, self._settings),
             "report": file,
         }
         if isinstance(error, KeyboardInterrupt):

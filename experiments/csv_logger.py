@@ -14,6 +14,8 @@ from avalanche.evaluation.metric_results import AlternativeValues, TensorImage
 from avalanche.logging import BaseLogger
 from torch import Tensor
 
+from avalanche_firn.plugins.storage_stop import writing
+
 __all__ = ["CsvLogger", "read_metrics"]
 
 _HEADER = ("step", "tag", "value")
@@ -23,15 +25,17 @@ class CsvLogger(BaseLogger):
     """Write scalars to a CSV file; figures, histograms and texts are left to TensorBoard.
 
     :param path: the file; it is appended to if it exists.
+    :raises StorageError: the file can't be written, here and whenever something is logged.
     """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="")
-        self._rows = csv.writer(self._file, lineterminator="\n")
-        if self._file.tell() == 0:
-            self._rows.writerow(_HEADER)
+        with writing("the metrics of a run", self.path):
+            self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="")
+            self._rows = csv.writer(self._file, lineterminator="\n")
+            if self._file.tell() == 0:
+                self._rows.writerow(_HEADER)
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
         """Append one line if the value is a single number."""
@@ -41,11 +45,13 @@ class CsvLogger(BaseLogger):
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, float | int):
             return
-        self._rows.writerow((x_plot, name, repr(float(value))))
+        with writing("the metrics of a run", self.path):
+            self._rows.writerow((x_plot, name, repr(float(value))))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing("the metrics of a run", self.path):
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[tuple[int, str, float]]:

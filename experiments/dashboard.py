@@ -32,6 +32,7 @@ from urllib.parse import quote
 
 from avalanche_firn.evaluation.summary_run import SUFFIX, run_names
 from avalanche_firn.experiments.errors import ConfigError
+from avalanche_firn.experiments.escapes import one_line, visible
 from avalanche_firn.experiments.results import FILE, files_below
 from avalanche_firn.experiments.run_folders import SUMMARY
 
@@ -78,7 +79,7 @@ def open_dashboard(
             served = stack.enter_context(_served(view, port))
             served.wait_until_it_answers()
             url = dashboard_url(port, summary=any(_summaries(folder) for folder in folders))
-            say(f"TensorBoard on {', '.join(map(str, folders))}; stop with Ctrl-C")
+            say(one_line(f"TensorBoard on {', '.join(map(str, folders))}; stop with Ctrl-C"))
             say(f"  {url}")
             if open_browser and _display():
                 webbrowser.open(url)
@@ -151,12 +152,12 @@ def _refresh(folder: Path, say: Callable[[str], object]) -> None:
     from avalanche_firn.experiments.results import find_runs
     from avalanche_firn.experiments.transfer_comparison import report_transfers
 
-    say(f"bringing the summary of {folder} up to date")
+    say(one_line(f"bringing the summary of {folder} up to date"))
     try:
         transfers = any(run.get("experiment") == "transfer" for run in find_runs([folder]))
         (report_transfers if transfers else report_folders)([folder], folder / SUMMARY)
     except (ConfigError, OSError) as error:
-        say(f"the summary can't be written: {error}")
+        say(visible(f"the summary can't be written: {error}"))
 
 
 def _free_port() -> int:
@@ -239,7 +240,7 @@ class _Server:
         """The last lines that TensorBoard printed, ready to be put behind a message."""
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return f": {' / '.join(line.strip() for line in lines[-3:])}" if lines else ""
+        return f": {' / '.join(one_line(line.strip()) for line in lines[-3:])}" if lines else ""
 
     def stop(self) -> None:
         """Ends TensorBoard and its data server, by force if they don't go; a second Ctrl-C doesn't leave them."""

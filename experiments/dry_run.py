@@ -22,6 +22,7 @@ from avalanche_firn.benchmarks.streams import Stream, build_stream
 from avalanche_firn.benchmarks.transforms import TRANSFORM_PRESETS, preset_transforms
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
+from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
 from avalanche_firn.experiments.resources import (
     build_backbone,
@@ -33,6 +34,7 @@ from avalanche_firn.experiments.resources import (
 from avalanche_firn.experiments.resources import build_stream as build_real_stream
 from avalanche_firn.experiments.task_plan import TaskPlan, plan_tasks
 from avalanche_firn.models.backbones import Backbone
+from avalanche_firn.plugins.run_errors import RunError
 
 __all__ = ["dry_run", "outline"]
 
@@ -96,7 +98,8 @@ def dry_run(config: Config, *, data: bool = True) -> Iterator[str]:
     Without `data` neither the data nor pre-trained weights are read: the tasks follow from the recipe alone.
 
     Raises:
-        ConfigError: see :func:`avalanche_firn.experiments.resources.prepare`; without `data` :func:`outline`.
+        ConfigError: see :func:`avalanche_firn.experiments.resources.prepare`; without `data` :func:`outline`; a method
+            that ends in the two steps for a reason that a run would have ended for, such as a rate that is too large.
         Exception: whatever a method raises.
     """
     device = resolve_device(config.device)
@@ -121,10 +124,13 @@ def dry_run(config: Config, *, data: bool = True) -> Iterator[str]:
         parts = Ingredients(single, backbone, device, [], evaluator, normalization=normalization)
         strategy = build_strategy(parts)
         start = time.perf_counter()
-        for experience in stream.train:
-            strategy.train(experience, eval_streams=[], num_workers=0)
-        steps = int(strategy.clock.train_iterations)
-        strategy.eval(stream.test, num_workers=0)
+        try:
+            for experience in stream.train:
+                strategy.train(experience, eval_streams=[], num_workers=0)
+            steps = int(strategy.clock.train_iterations)
+            strategy.eval(stream.test, num_workers=0)
+        except RunError as error:
+            raise ConfigError(Problem(f"methods.{method.name}", f"on random images: {error}")) from error
         seconds = time.perf_counter() - start
         yield f"{method.name}: {steps} training steps and an evaluation in {seconds:.1f} s{_memory(device)}"
 

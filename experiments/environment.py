@@ -17,7 +17,14 @@ import torch
 
 from avalanche_firn.experiments.errors import ConfigError, Problem
 
-__all__ = ["describe_environment", "git_commit", "package_versions", "resolve_device", "seed_everything"]
+__all__ = [
+    "describe_environment",
+    "git_commit",
+    "package_versions",
+    "resolve_device",
+    "seed_everything",
+    "use_deterministic",
+]
 
 _PACKAGES = (
     "avalanche-firn", "avalanche-lib", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors",
@@ -48,6 +55,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+def use_deterministic(wanted: bool) -> None:
+    """Let torch use deterministic algorithms only, or its own choice again (which :func:`seed_everything` narrows).
+
+    With them an operation that has no deterministic form on its device raises ``RuntimeError``. cuBLAS needs a fixed
+    workspace, which is asked for here unless the environment says otherwise: before the first product on a GPU.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 def package_versions() -> dict[str, str | None]:

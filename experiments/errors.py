@@ -23,6 +23,9 @@ from pydantic_core import PydanticCustomError
 __all__ = ["ConfigError", "Problem", "describe", "explain_keys", "known_keys", "nearest", "problems_of", "reject"]
 
 _MISSING = object()
+_NEAR = 100  # letters of a key that was perhaps meant otherwise; the search takes their square
+_MOST = 100  # errors that are listed
+_SHOWN = 400  # letters of a reason
 _UNIONS = (Union, types.UnionType)
 
 
@@ -58,12 +61,16 @@ class ConfigError(ValueError):
         where = f" in {self.source}" if self.source else ""
         if len(self.problems) == 1:
             return f"wrong configuration{where}: {self.problems[0]}"
-        lines = "\n".join(f"  {problem}" for problem in self.problems)
-        return f"wrong configuration{where}, {len(self.problems)} errors:\n{lines}"
+        lines = "\n".join(f"  {problem}" for problem in self.problems[:_MOST])
+        more = len(self.problems) - _MOST
+        rest = f"\n  and {more} more" if more > 0 else ""
+        return f"wrong configuration{where}, {len(self.problems)} errors:\n{lines}{rest}"
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
     """The known key that looks most like `key`, or None when nothing does."""
+    if len(key) > _NEAR:
+        return None
     matches = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
@@ -95,7 +102,8 @@ def _inner(annotation: Any) -> Any:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The sections that may stand where `annotation` stands."""
     annotation = _inner(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    # list[int] is an instance of type in Python 3.10, and no class that issubclass takes
+    if typing.get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in _UNIONS:
         return [model for part in typing.get_args(annotation) for model in _models(part)]
@@ -230,8 +238,15 @@ def _walk(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[ty
 
 
 def _value(raw: Any) -> str:
-    text = repr(raw)
+    try:
+        text = repr(raw[:100] if isinstance(raw, str) else raw)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a value that holds itself
+        text = f"a {type(raw).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _unknown(root: type[BaseModel], path: str, models: list[type[BaseModel]]) -> Problem:
@@ -251,13 +266,15 @@ def _unknown(root: type[BaseModel], path: str, models: list[type[BaseModel]]) ->
 def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
     """Every error of a pydantic ValidationError as a :class:`Problem`, in the order of the schema, without doubles."""
     found: dict[tuple[str, str], Problem] = {}
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    for item in items if len(items) <= _MOST else items[: _MOST - 1]:
         path, models, field, annotation = _walk(root, item["loc"])
         kind, context, raw = item["type"], item.get("ctx", {}), item.get("input", _MISSING)
         accepted = accepted_by(field) if field is not None else describe(annotation) if annotation is not None else ""
         if kind == "firn":
             for name, reason, expected in context["problems"]:
-                problem = Problem(".".join(part for part in (path, name) if part), reason, expected)
+                dot = "" if not path or not name or name.startswith("[") else "."
+                problem = Problem(f"{path}{dot}{name}", _cut(reason), _cut(expected))
                 found.setdefault((problem.path, problem.reason), problem)
             continue
         if kind == "extra_forbidden":
@@ -279,4 +296,6 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
             close = nearest(raw, accepted.removeprefix("one of ").split(", ")) if isinstance(raw, str) else None
             problem = Problem(path, reason, accepted or item["msg"], f"did you mean {close}?" if close else "")
         found.setdefault((problem.path, problem.reason), problem)
+    if len(items) > _MOST:
+        found["", ""] = Problem("", f"and {len(items) - _MOST + 1} more errors")
     return list(found.values())

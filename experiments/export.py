@@ -30,6 +30,7 @@ from avalanche_firn.experiments.export_formats import (
     FORMATS,
     ExportError,
     FinalModel,
+    check_structure,
     class_columns,
     metadata,
     own_state,
@@ -40,6 +41,7 @@ from avalanche_firn.experiments.export_source import final_model
 from avalanche_firn.experiments.results import write_json, write_text
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.parts import FeatureClassifier
+from avalanche_firn.models.weight_files import first_names, non_finite
 from avalanche_firn.plugins.checkpoint_files import sync
 from avalanche_firn.plugins.random_state import private_random_state
 from avalanche_firn.plugins.task_inference import TaskInferencePlugin
@@ -86,7 +88,8 @@ def export_run(
     with private_random_state():
         final = final_model(folder, task)
         model = None if form == "safetensors" else timm_model(final)  # refuses before anything is written
-        title = "-".join([final.results["recipe"], final.results["method"], f"seed-{final.results['seed']}"])
+        # of the checked configuration: a text of results.json could be a path
+        title = "-".join([final.config.name, final.config.methods[0].name, f"seed-{final.config.seeds[0]}"])
         title += f"-task-{task}" if task is not None else ""
         target = folder / "export" / (title + _ENDINGS[form]) if output is None else Path(output)
         _check_target(target, form, force)
@@ -108,7 +111,7 @@ def export_run(
 def _write_own(final: FinalModel, place: Path, header: dict[str, str]) -> None:
     tensors, structure = own_state(final)
     _save(tensors, place, header | {"structure": json.dumps(structure)})
-    _compare(final, load_exported(place))
+    _compare(final, load_exported(place, hub=True))
 
 
 def _write_timm(
@@ -223,6 +226,8 @@ class ExportedModel(nn.Module):
         self.header = dict(header)
         assert isinstance(model.head, TaskwiseLinearHead)
         self._columns = class_columns(model.head)
+        if not len(self._columns) == len(self.class_ids) == len(self.labels):
+            raise ValueError(f"{len(self._columns)} columns, {len(self.class_ids)} ids and {len(self.labels)} labels")
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExportedModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -236,11 +241,16 @@ class ExportedModel(nn.Module):
         return found[:, self._columns]
 
 
-def load_exported(path: str | Path) -> ExportedModel:
+def load_exported(path: str | Path, *, hub: bool = False) -> ExportedModel:
     """The model of a file that ``firn export --format safetensors`` wrote, on the CPU, in evaluation mode.
 
+    Args:
+        path: the file, which may come from a stranger: nothing of it is executed.
+        hub: let timm read the architecture from a hub or a folder, where the file names one ("hf-hub:...").
+
     Raises:
-        ExportError: no such file, not one of ours, of another form, or damaged.
+        ExportError: no such file, not one of ours, of another form, damaged, with values that are infinite or NaN, or
+            of an architecture that has to be fetched.
     """
     file = Path(path)
     if not file.is_file():
@@ -258,8 +268,12 @@ def load_exported(path: str | Path) -> ExportedModel:
         )
     if header.get("firn_format") != str(FORMAT) or header.get("firn_form") != "safetensors":
         raise ExportError(f"{file} isn't an export of firn of format {FORMAT}")
+    if bad := non_finite(tensors):
+        raise ExportError(f"{file} holds infinite or NaN values in {first_names(bad)}")
     try:
-        return ExportedModel(*rebuild(json.loads(header["structure"]), tensors), header).eval()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        structure = json.loads(header["structure"])
+        check_structure(structure, tensors, hub=hub)
+        return ExportedModel(*rebuild(structure, tensors), header).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ExportError(f"{file} doesn't hold what its header says: {text}") from error

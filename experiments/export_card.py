@@ -17,6 +17,7 @@ from torchvision import transforms
 from avalanche_firn.benchmarks.transforms import TRANSFORM_PRESETS, preset_transforms
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import package_versions
+from avalanche_firn.experiments.escapes import markdown_line
 from avalanche_firn.experiments.export_formats import FinalModel
 from avalanche_firn.experiments.results import FIGURES
 from avalanche_firn.experiments.sections import DigitsStreamConfig
@@ -157,7 +158,7 @@ def model_card(final: FinalModel, title: str) -> str:
         f"# {_text(title)}",
         "",
         f"An image classifier of {len(final.class_ids)} classes on the architecture {final.architecture}, trained on a "
-        f"stream of {len(stream['task_sizes'])} tasks by the method {results['strategy']} of "
+        f"stream of {len(stream['task_sizes'])} tasks by the method {_text(results['strategy'])} of "
         f"avalanche-firn, and exported by its version {package_versions()['avalanche-firn']}.",
         "",
         "```python",
@@ -237,5 +238,5 @@ def _some(values: list[int]) -> str:
 
 
 def _text(value: str) -> str:
-    """In one line of Markdown: no line breaks, no end of a table's cell."""
-    return " ".join(value.split()).replace("|", "\\|")
+    """In one line of Markdown, nothing of it markup, no end of a table's cell."""
+    return markdown_line(" ".join(value.split())).replace("|", "\\|")

@@ -44,6 +44,7 @@ __all__ = [
     "FORMATS",
     "ExportError",
     "FinalModel",
+    "check_structure",
     "class_columns",
     "metadata",
     "own_state",
@@ -283,6 +284,30 @@ def _pair_settings(layer: ComposedLoRALinear) -> dict[str, Any]:
     }
 
 
+def check_structure(structure: Any, tensors: Mapping[str, Tensor], *, hub: bool) -> None:
+    """Refuses a description that would read other files, ask the network or need more memory than the tensors say.
+
+    Raises:
+        KeyError, TypeError, ValueError: such a description; ``hub`` allows architectures that timm has to fetch.
+    """
+    name = structure["backbone"]["name"]
+    if set(structure["backbone"]) != {"name", "fresh_final_norm"} or not isinstance(name, str):
+        raise ValueError(f"the backbone is described by {sorted(structure['backbone'])}; name and fresh_final_norm are")
+    if ":" in name and not hub:
+        raise ValueError(f"the architecture {name!r} would be fetched; load_exported(..., hub=True) allows it")
+    largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    sizes: list[tuple[str, Any, tuple[str, ...]]] = [("head", structure["head"], ("in_features",))]
+    sizes += [("projector", structure["projector"] or {}, ("hidden_features", "out_features"))]
+    sizes += [(pair, settings, ("rank",)) for pair, settings in structure["pairs"].items()]
+    for where, section, keys in sizes:
+        for key in set(keys) & set(section):
+            if isinstance(section[key], bool) or not isinstance(section[key], int) or not 0 < section[key] <= largest:
+                raise ValueError(f"{where}.{key} is {section[key]!r}; no tensor is larger than {largest}")
+    odd = [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.is_complex()]
+    if odd:
+        raise ValueError(f"{odd[0]} is complex")
+
+
 def rebuild(
     structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[FeatureClassifier, TaskInferencePlugin | None]:
@@ -304,7 +329,11 @@ def rebuild(
         parent, _, leaf = name.rpartition(".")
         base: Any = model.get_submodule(name)
         setattr(model.get_submodule(parent), leaf, ComposedLoRALinear(base, **settings))
-    model.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(_STATISTICS)})
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STATISTICS)}
+    before = dict(model.state_dict())
+    model.load_state_dict(state)  # refuses what is missing, left over or of another shape, but casts between types
+    if wrong := [k for k, t in state.items() if k in before and t.is_floating_point() != before[k].is_floating_point()]:
+        raise ValueError(f"{wrong[0]} is {state[wrong[0]].dtype} and stands for {before[wrong[0]].dtype}")
     inference = None
     if (section := structure["task_inference"]) is not None:
         stored = section["statistics"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from avalanche_firn.experiments.section_base import Section
 
 __all__ = ["ImportanceConfig", "LoRAConfig", "TapConfig", "TaskInferenceConfig"]
 
@@ -12,11 +14,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class LoRAConfig(_Section):
+class LoRAConfig(Section):
     """Low-rank layers in the backbone; add_composed_lora explains every option."""
 
     targets: list[str] | None = Field(
@@ -27,7 +25,7 @@ class LoRAConfig(_Section):
     init: Literal["kaiming", "qr"] = Field(default="kaiming", description="of A; the LoRAC-IPC code; qr is our option")
 
 
-class ImportanceConfig(_Section):
+class ImportanceConfig(Section):
     """Which matrices are frozen after a task."""
 
     threshold: float = Field(
@@ -40,7 +38,7 @@ class ImportanceConfig(_Section):
     ties: Literal["order", "all"] = Field(default="order", description="all = the LoRAC-IPC code")
 
 
-class TapConfig(_Section):
+class TapConfig(Section):
     """Alignment of the classifier on Gaussian clusters of features."""
 
     epochs: int = Field(default=50, ge=0, description="0 = no alignment; the LoRAC-IPC code")
@@ -50,7 +48,7 @@ class TapConfig(_Section):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="the LoRAC-IPC code")
 
 
-class TaskInferenceConfig(_Section):
+class TaskInferenceConfig(Section):
     """The task of a test sample from its features."""
 
     clusters: int = Field(default=4, ge=1, description="per class; the LoRAC-IPC code, 2 on ImageNet-R")

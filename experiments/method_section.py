@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP
+from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP, Label
 from avalanche_firn.experiments.sections import Section, TrainingOverride
 from avalanche_firn.experiments.zapping_sections import ZappingConfig
 
@@ -14,7 +14,7 @@ __all__ = ["MethodSection"]
 class MethodSection(Section):
     """What every method has: a label, which names its folder and its rows, and its own training values."""
 
-    name: str = Field(
+    name: Label = Field(
         pattern=LABEL,
         json_schema_extra=LABEL_HELP,
         description="unique label: folder and table row. Default: the strategy's name",

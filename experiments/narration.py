@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from avalanche_firn.experiments.errors import ConfigError
+from avalanche_firn.experiments.escapes import visible
 from avalanche_firn.experiments.time_left import about, span
 
 __all__ = [
@@ -80,9 +81,9 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def resume_command(folder: Path) -> str:
-    """The command that goes on in a folder, as a shell takes it."""
-    return f"firn resume {shlex.quote(str(folder))}"
+def resume_command(folder: Path, settings: Sequence[str] = ()) -> str:
+    """The command that goes on in a folder, as a shell takes it; `settings`: ``key=value`` that it goes on with."""
+    return " ".join(["firn resume", *(shlex.quote(word) for word in (str(folder), *settings))])
 
 
 def report_files(folder: Path | None) -> dict[str, Path | None] | None:
@@ -149,11 +150,11 @@ class TextNarrator:
         """Say the line of the event, if it has one."""
         if event in _ENDS:
             self.ended = True
-            self._stopped(stopped_text(event, facts))
+            self._stopped(visible(stopped_text(event, facts)))
         elif event == "note":
-            self.say(str(facts["text"]))
+            self.say(visible(str(facts["text"])))
         elif not self.quiet and (line := _LINES.get(event)) is not None and (text := line(facts)):
-            self.say(text)
+            self.say(visible(text))
 
 
 # ------------------------------------------------------------------------ lines

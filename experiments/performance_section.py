@@ -18,6 +18,7 @@ from avalanche_firn.experiments.section_base import Section
 
 __all__ = ["FIGURES", "PerformanceConfig", "changed_figures", "performance_problems"]
 
+_DIVISORS = 4096  # up to here they are named
 FIGURES = ("device_augmentation", "stored_edge", "compile", "fused_optimizer", "accumulate")
 """Fields that may change figures: other random numbers, other pixels, other rounding."""
 
@@ -62,6 +63,17 @@ class PerformanceConfig(Section):
     )
     prefetch_factor: int = Field(
         default=4, ge=1, description="batches that each loader process prepares ahead, torch: 2; our choice"
+    )
+    finite_guard: bool = Field(
+        default=True,
+        description="stop at the first loss, gradient, weight or output that isn't finite, false = let it spread; "
+        "changes no figure",
+    )
+    worker_timeout: float = Field(
+        default=300.0,
+        ge=0,
+        description="seconds that a batch of loader processes is waited for before they count as hanging, 0 = for "
+        "ever; changes no figure, our choice",
     )
 
     @field_validator("memory", "fused_optimizer", mode="before")
@@ -120,7 +132,7 @@ def performance_problems(
     uneven = [f"{size} ({name})" for name, size in sizes.items() if size % steps]
     if uneven:
         common = math.gcd(*sizes.values())
-        divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
+        divisors = [str(n) for n in range(1, min(common, _DIVISORS) + 1) if common % n == 0]
         reason = f"{steps} doesn't divide the batch size {', '.join(uneven)}"
         accepted = f"a divisor of all batch sizes: {', '.join(divisors)}"
         problems.append(("performance.accumulate", reason, accepted))

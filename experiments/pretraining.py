@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ from avalanche_firn.experiments.transfer_data import TransferData
 from avalanche_firn.experiments.transfer_sections import ASBConfig, IidConfig, MetaASBConfig
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files
+from avalanche_firn.plugins.event_files import abandon
+from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
+from avalanche_firn.plugins.finite_words import nonfinite_stop
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+from avalanche_firn.plugins.storage_stop import writing
 from avalanche_firn.plugins.zapping import ZappingPlugin
 from avalanche_firn.strategies.zapping import ASB, MetaASB
 
@@ -136,8 +141,12 @@ def pretrain(
     if not weights.is_file():
         temporary = folder / f".{WEIGHTS}.tmp"
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, temporary, metadata={"made_from": made_from})
-        temporary.replace(weights)
+        try:
+            with writing("the pre-trained weights", weights):
+                save_file(tensors, temporary, metadata={"made_from": made_from})
+                temporary.replace(weights)
+        finally:
+            temporary.unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     return model, held_out_figures(model, data.held_out, device)
 
@@ -178,14 +187,18 @@ def _train(
         plugins.insert(0, ProgressPlugin(label=f"{method.name} seed {seed}", tasks=1))
     try:
         strategy = pretraining_strategy(config, model, device, plugins, evaluator)
+        strategy.plugins.insert(0, FiniteGuardPlugin())
         seed_everything(seed)  # again: drawing the weights must not shift the order of the data
         checkpoint.resume(strategy)
         if not checkpoint.is_trained(stream.train[0]):
             strategy.train(stream.train[0], eval_streams=[])
         strategy.eval(stream.test)
+    except BaseException:
+        abandon(board.writer)
+        raise
     finally:
         checkpoint.close()
-        board.writer.close()
+    board.writer.close()  # raises if an event was lost
 
 
 @torch.no_grad()
@@ -199,4 +212,7 @@ def held_out_figures(model: nn.Module, images: ClassImages, device: torch.device
         labels = images.labels[chosen].to(device)
         losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
         hits.append(logits.argmax(1) == labels)
-    return {"accuracy": float(torch.cat(hits).double().mean()), "loss": float(torch.cat(losses).double().mean())}
+    found = {"accuracy": float(torch.cat(hits).double().mean()), "loss": float(torch.cat(losses).double().mean())}
+    if not math.isfinite(found["loss"]):
+        raise nonfinite_stop(None, "the held-out images of the pre-training", f"their loss is {found['loss']}")
+    return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
+from avalanche_firn.experiments.schema_rules import repeated
+from avalanche_firn.experiments.section_base import Section
 
 __all__ = ["DriftConfig", "LinearProbeStageConfig", "ProbeConfig"]
 
@@ -14,11 +16,7 @@ Rate = Annotated[float, Field(gt=0)]
 Penalty = Annotated[float, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class LinearProbeStageConfig(_Section):
+class LinearProbeStageConfig(Section):
     """The linear probe before fine-tuning; LinearProbePlugin explains every option."""
 
     solver: Literal["lbfgs", "ridge", "sgd"] = Field(
@@ -68,7 +66,7 @@ class LinearProbeStageConfig(_Section):
         return self
 
 
-class ProbeConfig(_Section):
+class ProbeConfig(Section):
     """How the representation is judged: accuracy on every task after adapting to data of it."""
 
     adapt: list[Literal["knn", "linear", "fine_tune", "lp_ft"]] = Field(
@@ -101,16 +99,15 @@ class ProbeConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> ProbeConfig:
         problems: list[tuple[str, str, str]] = []
-        repeated = sorted({a for a in self.adapt if self.adapt.count(a) > 1})
-        if repeated:
-            problems.append(("adapt", f"{repeated} are repeated", "every adaptation once"))
+        if twice := repeated(self.adapt):
+            problems.append(("adapt", f"{twice} are repeated", "every adaptation once"))
         if not self.task_aware and self.tasks == "all":
             problems.append(("tasks", "all together with task_aware: false", "seen"))
         reject(problems)
         return self
 
 
-class DriftConfig(_Section):
+class DriftConfig(Section):
     """How far the representation moves: similarity of features of fixed images, distance of the weights."""
 
     num_images: int = Field(default=256, ge=2, description="fixed training images of all tasks; our choice")

@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
+from avalanche_firn.experiments.schema_rules import repeated
 from avalanche_firn.experiments.section_base import Section
 from avalanche_firn.experiments.stream_rules import (
     AUGMENT_HELP,
     CLASSES_HELP,
+    MOST,
     ORDER_HELP,
     TASKS_HELP,
     TRANSFORMS_HELP,
@@ -49,8 +51,8 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 def _repeated(field: str, values: list[str] | None, what: str) -> list[tuple[str, str, str]]:
-    repeated = sorted({value for value in values or [] if (values or []).count(value) > 1})
-    return [(field, f"the {what} {repeated} are repeated", f"each of the {what} once")] if repeated else []
+    twice = repeated(values or [])
+    return [(field, f"the {what} {twice} are repeated", f"each of the {what} once")] if twice else []
 
 
 class PublicStream(Section):
@@ -200,7 +202,7 @@ class HuggingFaceStreamConfig(Section):
     class_order: Literal["natural", "seeded"] | list[ClassId | str] = Field(
         default="natural", description=f"{ORDER_HELP}, or of all class names"
     )
-    classes: int | None = Field(default=None, ge=1, description=CLASSES_HELP)
+    classes: int | None = Field(default=None, ge=1, le=MOST, description=CLASSES_HELP)
     validation_fraction: float = Field(default=0.2, ge=0, lt=1, description="of each class, if drawn; our choice")
     test_fraction: float = Field(default=0.2, ge=0, lt=1, description="of each class, if drawn; our choice")
     split_seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the drawn splits; our choice")

@@ -1,7 +1,6 @@
 """Recipes: YAML files with a configuration, found by name or path, changed by ``key=value`` overrides.
 
-YAML is read safely (no objects), with two corrections of its habits: ``1e-3`` is a number, and a repeated key is an
-error instead of the last one winning. Nothing here imports torch.
+YAML is read as plain values, see :mod:`~avalanche_firn.experiments.plain_yaml`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from avalanche_firn.experiments.config import Config, validate
 from avalanche_firn.experiments.errors import ConfigError, Problem, known_keys, nearest
+from avalanche_firn.experiments.plain_yaml import MAX_LETTERS, dump_plain, parse
 from avalanche_firn.experiments.schema_rules import LABEL
 from avalanche_firn.experiments.transfer_config import TransferExperiment, is_transfer, validate_transfer
 
@@ -33,26 +32,9 @@ __all__ = [
 ]
 
 _FOLDER = Path(__file__).parent / "recipes"
-_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$")
-_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with ``1e-3`` as a number and repeated keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, list | dict):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"repeated key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_STEP = re.compile(r"([^.\[\]]+)|\[([0-9]{1,9})\]")
+_PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[0-9]{1,9}\])*")
+_SHOWN = 200  # letters of overrides in front of a message
 
 
 @dataclass(frozen=True)
@@ -64,21 +46,10 @@ class Recipe:
     description: str
 
 
-def parse(text: str, *, source: str = "") -> Any:
-    """The plain values of a YAML text; ConfigError with line and column where it isn't YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        what = getattr(error, "problem", None) or "unreadable"
-        raise ConfigError(Problem("", f"not valid YAML: {what}{where}"), source=source) from None
-
-
 def dump(value: Any) -> str:
     """YAML text of plain values or of a configuration, keys in order."""
     plain = value.model_dump() if isinstance(value, BaseModel) else value
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return dump_plain(plain)
 
 
 def list_recipes() -> list[Recipe]:
@@ -101,12 +72,15 @@ def find_recipe(source: str | Path) -> Path:
     if text in shipped:
         return shipped[text]
     path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir() and (path / "config.yaml").is_file():
-        return path / "config.yaml"
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir() and (path / "config.yaml").is_file():
+            return path / "config.yaml"
+    except (OSError, ValueError) as error:  # a name that is too long, or none
+        raise ConfigError(Problem("", f"no recipe {_short(text)}: {error}")) from None
     close = nearest(path.stem, shipped)
-    reason = f"no recipe {text!r}: neither a shipped name nor a file"
+    reason = f"no recipe {_short(text)}: neither a shipped name nor a file"
     accepted = f"one of {', '.join(shipped)}, or the path of a YAML file"
     raise ConfigError(Problem("", reason, accepted, f"did you mean {close}?" if close else ""))
 
@@ -115,6 +89,9 @@ def read_recipe(source: str | Path) -> str:
     """The text of a recipe; ConfigError when it can't be found or read."""
     path = find_recipe(source)
     try:
+        size = path.stat().st_size
+        if size > 4 * MAX_LETTERS:
+            raise ConfigError(f"{path} has {size:,} bytes; a recipe has up to {4 * MAX_LETTERS:,}")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
@@ -127,16 +104,22 @@ def copy_recipe(name: str, target: str | Path | None = None) -> Path:
     """
     path = find_recipe(name)
     destination = Path(target) if target is not None else Path(path.name)
-    if destination.is_dir():
-        destination = destination / path.name
-    if destination.exists():
-        raise ConfigError(f"{destination} exists already; give another file name")
-    if not destination.parent.is_dir():
-        raise ConfigError(f"the folder {destination.parent} doesn't exist")
     text = read_recipe(name)
-    if re.fullmatch(LABEL, destination.stem):
-        text = re.sub(r"^name:.*$", f"name: {destination.stem}", text, count=1, flags=re.MULTILINE)
-    destination.write_text(text, encoding="utf-8")
+    try:
+        if destination.is_dir():
+            destination = destination / path.name
+        if destination.exists() or destination.is_symlink():
+            raise ConfigError(f"{destination} exists already; give another file name")
+        if not destination.parent.is_dir():
+            raise ConfigError(f"the folder {destination.parent} doesn't exist")
+        if re.fullmatch(LABEL, destination.stem):
+            text = re.sub(r"^name:.*$", f"name: {dump(destination.stem).split()[0]}", text, count=1, flags=re.MULTILINE)
+        with destination.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{_short(str(destination))} can't be written: {error}") from None
     return destination
 
 
@@ -157,10 +140,11 @@ def _unknown(path: str, known: Iterable[str]) -> Problem:
 
 def _item(items: list[Any], step: str, path: str) -> Any:
     """A list item by its index or, for methods, by its label."""
-    if step.isdigit():
+    if _is_index(step):
         if int(step) < len(items):
             return items[int(step)]
-        raise ConfigError(Problem(path, f"there are only {len(items)} entries", f"0 to {len(items) - 1}"))
+        accepted = f"0 to {len(items) - 1}" if items else "the whole list"
+        raise ConfigError(Problem(path, f"there are only {len(items)} entries", accepted))
     labels = [str(i.get("name", i.get("strategy", ""))) if isinstance(i, dict) else str(i) for i in items]
     if step in labels:
         return items[labels.index(step)]
@@ -179,11 +163,19 @@ def _select(items: Any, wanted: Any) -> Any:
     return [labelled.get(w, w) if isinstance(w, str) else w for w in wanted]
 
 
-def _unshared(value: Any) -> Any:
-    """The same values with every list and section its own, where YAML's aliases made several places share one."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+def _is_index(step: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", step) is not None
+
+
+def _refuse_number(place: Any, numbered: bool, walked: str, path: str) -> None:
+    """``a[0]`` asks for a list."""
+    if numbered and not isinstance(place, list):
+        raise ConfigError(Problem(path, f"{walked} isn't a list, which [...] counts in", f"{walked}.KEY=value"))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def apply_override(raw: dict[str, Any], text: str) -> None:
@@ -194,31 +186,36 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
     """
     path, sign, value = text.partition("=")
     path = path.strip()
-    if not sign or not path:
-        raise ConfigError(Problem("", f"the override {text!r} has no key=value", "for example training.epochs=3"))
-    new = parse(value, source=f"override {text!r}")
+    if not sign or not _PATH.fullmatch(path):
+        raise ConfigError(Problem("", f"the override {_short(text)} has no key=value", "for example training.epochs=3"))
+    new = parse(value, source=f"override {_short(text)}")
     if path == "methods":
         raw["methods"] = _select(raw.get("methods"), new)
         return
     steps = [name or index for name, index in _STEP.findall(path)]
+    numbered = [bool(index) for _, index in _STEP.findall(path)]
     place: Any = raw
     walked = ""
-    for step in steps[:-1]:
+    for i, step in enumerate(steps[:-1]):
+        _refuse_number(place, numbered[i], walked, path)
         walked = f"{walked}.{step}" if walked else step
         if isinstance(place, list):
-            i = place.index(found) if isinstance(found := _item(place, step, walked), str) else None
-            if i is not None:  # a bare method name becomes a section that can hold values
-                found = place[i] = {"strategy": found}
+            found = _item(place, step, walked)
+            if isinstance(found, str):  # a bare method name becomes a section that can hold values
+                n = int(step) if _is_index(step) else place.index(found)
+                found = place[n] = {"strategy": found}
             place = found
         elif isinstance(place, dict):
             if place.get(step) is None:
                 place[step] = {}
             place = place[step]
         if not isinstance(place, dict | list):
-            raise ConfigError(Problem(path, f"{walked} is the value {place!r}, it holds no keys", f"{walked}=value"))
+            reason = f"{walked} is the value {_short(place)}, it holds no keys"
+            raise ConfigError(Problem(path, reason, f"{walked}=value"))
+    _refuse_number(place, numbered[-1], walked, path)
     if isinstance(place, list):
         _item(place, steps[-1], path)
-        if not steps[-1].isdigit():
+        if not _is_index(steps[-1]):
             raise ConfigError(Problem(path, "a method isn't a single value", f"{path}.KEY=value"))
         place[int(steps[-1])] = new
     else:
@@ -260,8 +257,10 @@ def load_experiment(source: str | Path, overrides: Iterable[str] = ()) -> Config
     """
     overrides = list(overrides)
     text = read_recipe(source)
-    raw = _unshared(parse(text, source=str(source)))
-    label = f"{source}" + (f" with {', '.join(overrides)}" if overrides else "")
+    raw = parse(text, source=str(source))
+    told = ", ".join(overrides)
+    told = told if len(told) <= _SHOWN else f"{told[: _SHOWN - 3]}..."
+    label = f"{source}" + (f" with {told}" if overrides else "")
     if not isinstance(raw, dict):
         return validate(raw, source=label)
     transfer = is_transfer(raw)

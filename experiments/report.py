@@ -47,8 +47,8 @@ def write_report(folder: Path, groups: Sequence[Group], *, title: str, unfinishe
         ConfigError: a file of a run that can't be read; nothing has been written then.
     """
     report = build_report(folder, groups, title=title, unfinished=unfinished)
+    write_dashboard(folder, groups, unfinished=unfinished)  # first: it reads files of the runs before it writes
     write_files(folder, report, results_csv(groups))
-    write_dashboard(folder, groups, unfinished=unfinished)
 
 
 def report_folders(folders: Sequence[Path], output: Path | None = None) -> str:

@@ -53,7 +53,7 @@ def contrastive_tables(groups: Sequence[Group]) -> list[Table]:
 def _cells(group: Group, tag: str) -> list[str]:
     """Mean over the seeds after every task; a dash where no seed has a value; empty where nothing was measured."""
     rows = [run["curves"].get(tag) for run in group.runs]
-    if not all(rows):
+    if not all(rows) or len({len(row) for row in rows}) > 1:
         return []
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     return ["-" if np.isnan(column).all() else f"{np.nanmean(column):.3g}" for column in values.T]
@@ -84,7 +84,7 @@ def _vacuous(group: Group, name: str) -> list[bool]:
     if not all(runs):
         return []
     flags = [[name in task["vacuous"] for task in run["tasks"]] for run in runs if run is not None]
-    return [any(column) for column in zip(*flags, strict=True)]
+    return [any(column) for column in zip(*flags, strict=True)] if len({len(row) for row in flags}) == 1 else []
 
 
 def contrastive_curves_drawn(groups: Sequence[Group]) -> list[Drawn]:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from avalanche_firn.evaluation.dynamics import Dynamics
 from avalanche_firn.evaluation.figures import FONT, WIDTH
 from avalanche_firn.experiments.dynamics_results import DYNAMICS
+from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.report_figures import Drawing
 from avalanche_firn.experiments.report_parts import Picture
 from avalanche_firn.experiments.results import Group
@@ -60,7 +61,7 @@ def dynamics_pictures(groups: Sequence[Group], drawing: Drawing) -> tuple[list[P
     """Of the first seed of every method: heat maps of effects; and losses over training, where methods are few."""
     chosen = _measured(groups)
     kinds = [kind for kind in _CAPTIONS if kind == _EFFECT or len(chosen) <= _FEW]
-    found = [dynamics_pictures_of(Dynamics.from_dict(group.runs[0]["dynamics"]), kinds) for group in chosen]
+    found = [dynamics_pictures_of(_dynamics(group), kinds) for group in chosen]
     effects: list[Picture] = []
     losses: list[Picture] = []
     for kind in kinds:
@@ -70,6 +71,15 @@ def dynamics_pictures(groups: Sequence[Group], drawing: Drawing) -> tuple[list[P
                 picture = drawing.picture(figures[kind], f"dynamics-{kind}-{group.label}", caption, _told(group))
                 (effects if kind == _EFFECT else losses).append(picture)
     return effects, losses
+
+
+def _dynamics(group: Group) -> Dynamics:
+    """Of the first seed."""
+    try:
+        return Dynamics.from_dict(group.runs[0]["dynamics"])
+    except (ValueError, TypeError) as error:
+        place = group.folders[0] or group.label
+        raise ConfigError(f"the dynamics in the results of {place} aren't as they were written: {error}") from None
 
 
 def dynamics_pictures_of(dynamics: Dynamics, kinds: Collection[str]) -> dict[str, Figure]:

@@ -10,6 +10,7 @@ Cost: 0.05 to 0.4 s a figure, of which a comparison has 10 to 40.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,7 +29,15 @@ from avalanche_firn.evaluation.comparison_figures import (
     task_confusion_figure,
     task_matrices_figure,
 )
-from avalanche_firn.evaluation.figures import WIDTH, Style, curves_figure, in_legend, legend_below, styles_of
+from avalanche_firn.evaluation.figures import (
+    WIDTH,
+    Style,
+    curves_figure,
+    in_legend,
+    legend_below,
+    plain_texts,
+    styles_of,
+)
 from avalanche_firn.evaluation.statistics import Interval, curve_interval
 from avalanche_firn.evaluation.task_confusion import confusion_shares
 from avalanche_firn.experiments.report_parts import Drawn, Picture, unique_name
@@ -52,6 +61,7 @@ MEMORY_OF_PROCESS = (
 _TOGETHER = 6  # matrices in one figure; our choice: three rows of two on a phone
 _BANDS = 8  # curves with bands over the seeds; of more of them nobody could see which is whose. Our choice
 _LOG = 10.0  # costs that differ by more are drawn on a logarithmic axis; our choice
+_TASK = re.compile(r"[0-9]{1,5}")  # the index of a task; a longer one is a damaged line
 _DRIFT = ("drift/cka", "drift/weights")
 
 
@@ -95,7 +105,7 @@ def _drift_read(path: Path, changed: int) -> dict[str, list[float | None]]:
         if "drift/" in line and line.count(",") == 2:
             step, tag, value = line.split(",")
             tag = tag.removeprefix("validation/")
-            if tag in _DRIFT and step.isdigit() and (number := _finite(value)) is not None:
+            if tag in _DRIFT and _TASK.fullmatch(step) and (number := _finite(value)) is not None:
                 points.setdefault(tag, {})[int(step)] = number
     return {tag: [at.get(step) for step in range(max(at) + 1)] for tag, at in points.items()}
 
@@ -186,6 +196,7 @@ class Drawing:
             return []
         return [self.lines(lines, name, _upper(drawn.caption), ylabel=drawn.axis, percent=drawn.percent)]
 
+    @plain_texts
     def lines(
         self, lines: Mapping[str, NDArray[np.float64]], name: str, caption: str, *, percent: bool = True, **options: Any
     ) -> Picture:

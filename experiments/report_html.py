@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from itertools import groupby
 
+from avalanche_firn.experiments.escapes import html_text as escape
 from avalanche_firn.experiments.report_parts import (
     Block,
     Code,
@@ -135,7 +135,7 @@ def _table(table: DataTable) -> list[str]:
             found += [f"<td{look}>{escape(value)}</td>" for value, look in zip(values[1:], styled[1:], strict=True)]
         return f"<tr>{''.join(found)}</tr>"
 
-    label = escape(table.title, quote=True)
+    label = escape(table.title)
     parts = [
         '<div class="data">',
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">',

@@ -28,7 +28,7 @@ def lora_tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[list
         rows = []
         for tag, name, scale in _ROWS:
             curves = [run["curves"].get(tag) for run in group.runs]
-            if all(curves):
+            if all(curves) and len({len(curve) for curve in curves}) == 1:
                 values = scale * np.array([[np.nan if v is None else v for v in c] for c in curves], dtype=float)
                 rows.append([name, *("-" if np.isnan(v).all() else f"{np.nanmean(v):.3g}" for v in values.T)])
         if rows:

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from avalanche_firn.experiments.errors import ConfigError
-from avalanche_firn.experiments.recipe import parse
+from avalanche_firn.experiments.recipe import parse, read_recipe
 from avalanche_firn.experiments.report_parts import Block, Code, DataTable, Folded, Section, Text
+from avalanche_firn.experiments.results_form import read_environment
 
 __all__ = ["Made", "made_from", "repeat_section", "settings_section", "versions_section"]
 
@@ -48,9 +48,10 @@ class Made:
         raw = parse(self.texts[0], source=f"config.yaml of {self.label}")
         if not isinstance(raw, Mapping):
             return None
-        methods = raw.get("methods") or [{}]
+        methods = raw.get("methods")
+        own = methods[0] if isinstance(methods, list) and methods else {}
         shared = {key: value for key, value in raw.items() if key not in (*_SAID, "methods")}
-        return _flat(shared) | _flat(methods[0] if isinstance(methods[0], Mapping) else {}, "method.")
+        return _flat(shared) | _flat(own if isinstance(own, Mapping) else {}, "method.")
 
 
 class _Group(Protocol):
@@ -68,12 +69,7 @@ def made_from(label: str, group: _Group, folders: Sequence[Path | None]) -> Made
 
 
 def _text(folder: Path | None, name: str) -> str | None:
-    if folder is None or not (folder / name).is_file():
-        return None
-    try:
-        return (folder / name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / name} can't be read: {error}") from None
+    return None if folder is None or not (folder / name).is_file() else read_recipe(folder / name)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -141,14 +137,8 @@ def versions_section(made: Sequence[Made]) -> Section:
     found: dict[str, dict[str, int]] = {}
     count = 0
     for folder in (folder for one in made for folder in one.folders):
-        text = _text(folder, "environment.json")
-        if text is None:
-            continue
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{folder / 'environment.json'} can't be read: {error}") from None
-        if not isinstance(raw, Mapping):
+        raw = read_environment(folder / "environment.json")
+        if raw is None:
             continue
         count += 1
         for name, value in _described(raw).items():

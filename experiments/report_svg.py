@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
-from avalanche_firn.evaluation.figures import EMPTY, GRID, INK, MUTED, PAPER, inked
+from avalanche_firn.evaluation.figures import EMPTY, GRID, INK, MUTED, PAPER, PLAIN_TEXTS, inked
+from avalanche_firn.experiments.escapes import visible
 
 __all__ = ["ROLES", "inline_svg", "standalone_svg", "svg_of"]
 
@@ -53,11 +54,12 @@ def svg_of(figure: Figure, *, name: str, title: str, description: str) -> str:
         One ``<svg>`` element without XML heading, transparent, in the colours of :data:`ROLES`.
     """
     _give_roles(figure)
-    if (engine := figure.get_layout_engine()) is not None:
-        engine.execute(figure)  # once; saving would draw a second time to do it
-        figure.set_layout_engine("none")
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify_threshold": 0.2}):
+    look: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify_threshold": 0.2}
+    with matplotlib.rc_context(look | PLAIN_TEXTS):
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)  # once; saving would draw a second time to do it
+            figure.set_layout_engine("none")
         figure.savefig(text, format="svg", facecolor="none", dpi=_DOTS, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(_CONTROL.sub(" ", text.getvalue()))
     _tidy(root)
@@ -76,7 +78,7 @@ def svg_of(figure: Figure, *, name: str, title: str, description: str) -> str:
     }
     for tag, content in (("desc", description), ("title", title)):
         element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = _CONTROL.sub(" ", content)
+        element.text = visible(_CONTROL.sub(" ", content))
         root.insert(0, element)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -134,7 +136,7 @@ def _tidy(root: ElementTree.Element) -> None:
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        element.text = element.text if element.text and element.text.strip() else None
+        element.text = visible(element.text) if element.text and element.text.strip() else None
         element.tail = None
         if _LINK in element.attrib:
             element.set("href", element.attrib.pop(_LINK))

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 
 from avalanche_firn.evaluation.statistics import mean_interval
+from avalanche_firn.experiments.escapes import csv_cell, one_line
 from avalanche_firn.experiments.report_contrastive import contrastive_facts, contrastive_tables
 from avalanche_firn.experiments.report_dynamics import dynamics_facts, dynamics_tables
 from avalanche_firn.experiments.report_figures import COSTS, MEMORY_OF_PROCESS, label_of, memory_is_shared
@@ -16,6 +17,7 @@ from avalanche_firn.experiments.report_task_incremental import task_facts, task_
 from avalanche_firn.experiments.report_text import Table, aligned
 from avalanche_firn.experiments.report_words import in_words, last_by_seed, paired
 from avalanche_firn.experiments.results import FIGURES, Group
+from avalanche_firn.experiments.resume_settings import declared_text
 
 __all__ = [
     "cells",
@@ -68,11 +70,13 @@ def facts(groups: Sequence[Group]) -> list[str]:
     diverged = [f"{run['method']} seed {run['seed']}" for run in runs if run["diverged"]]
     lines += [*task_facts(groups), *probe_facts(groups), *contrastive_facts(groups), *lora_facts(groups)]
     lines += dynamics_facts(groups)
+    changed = [f"{run['method']} seed {run['seed']} ({text})" for run in runs if (text := declared_text(run))]
     cautions = [
         *mismatches(groups),
+        *([f"resumed with other settings: {', '.join(changed)}"] if changed else []),
         *([f"weights became infinite or NaN in {', '.join(diverged)}"] if diverged else []),
     ]
-    return lines + [f"CAUTION: {text}" for text in cautions]
+    return [one_line(line) for line in [*lines, *(f"CAUTION: {text}" for text in cautions)]]
 
 
 def _replay(groups: Sequence[Group]) -> str:
@@ -180,12 +184,14 @@ def results_csv(groups: Sequence[Group]) -> str:
     tags += sorted({tag for group in groups for run in group.runs for tag in run["figures"] if tag[:6] == "probe/"})
     cost = ["seconds", "images_per_second", "peak_memory_MiB", "trainable_parameters"]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "strategy", "seed", "split", *tags, *cost, "config_digest", "weights_sha256"])
+    heads = ["method", "strategy", "seed", "split", *tags, *cost, "config_digest", "weights_sha256"]
+    writer.writerow([csv_cell(head) for head in heads])
     for group in groups:
         for run in group.runs:
             figures = [run["figures"].get(tag) for tag in tags]
             values = [*figures, *(run["cost"].get(name) for name in cost)]
             identity = [group.label, run["strategy"], run["seed"], run["stream"]["split"]]
             end = [run["config_digest"], run["backbone"]["weights_sha256"]]
-            writer.writerow([*identity, *("" if value is None else value for value in values), *end])
+            row = [*identity, *("" if value is None else value for value in values), *end]
+            writer.writerow([csv_cell(value) for value in row])
     return text.getvalue()

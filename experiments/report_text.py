@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from avalanche_firn.experiments.escapes import markdown_line, one_line, visible
 from avalanche_firn.experiments.report_parts import Block, Code, DataTable, Picture, Report, Terms, Text
 
 __all__ = ["Table", "aligned", "file_name", "markdown_report"]
@@ -16,6 +17,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first to the left, the others to the right, with a rule below the heading."""
+    heads, rows = [one_line(head) for head in heads], [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
 
     def line(row: Sequence[str]) -> str:
@@ -28,15 +30,15 @@ def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_report(report: Report) -> str:
     """Markdown text of a whole report; pictures are linked by the name of their file, which lies beside it."""
-    parts = [f"# {_plain(report.title)}", ""]
+    parts = [f"# {markdown_line(report.title)}", ""]
     for line in report.result:
-        parts += [f"**{_plain(line)}**", ""]
+        parts += [f"**{markdown_line(line)}**", ""]
     for line in report.cautions:
-        parts += [f"> **CAUTION:** {_plain(line)}", ""]
-    parts += [*(f"{_plain(line)}  " for line in report.facts), ""]
+        parts += [f"> **CAUTION:** {markdown_line(line)}", ""]
+    parts += [*(f"{markdown_line(line)}  " for line in report.facts), ""]
     for section in report.sections:
         if section.blocks:
-            parts += [f"## {_plain(section.title)}", "", *_blocks(section.blocks)]
+            parts += [f"## {markdown_line(section.title)}", "", *_blocks(section.blocks)]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -46,34 +48,29 @@ def _blocks(blocks: Sequence[Block]) -> list[str]:
 
 def _block(block: Block) -> list[str]:
     if isinstance(block, Text):
-        return [_plain(block.text)]
+        return [markdown_line(block.text)]
     if isinstance(block, DataTable):
         return _table(block)
     if isinstance(block, Picture):
-        caption = _plain(block.caption).replace("]", "\\]")
-        return [f"![{caption}: {_plain(block.alternative).replace(']', chr(92) + ']')}]({block.name}.svg)", "", caption]
+        told = markdown_line(f"{block.caption}: {block.alternative}", in_brackets=True)
+        return [f"![{told}]({block.name}.svg)", "", markdown_line(block.caption)]
     if isinstance(block, Code):
         longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
         fence = "`" * max(3, longest + 1)
-        return [fence, block.text.rstrip("\n"), fence]
+        return [fence, visible(block.text.rstrip("\n")), fence]
     if isinstance(block, Terms):
-        return [f"- **{_plain(term)}**: {_plain(text)}" for term, text in block.rows]
-    title = _plain(block.title).replace("\\<", "&lt;")
+        return [f"- **{markdown_line(term)}**: {markdown_line(text)}" for term, text in block.rows]
+    title = markdown_line(block.title)
     return [f"<details><summary>{title}</summary>", "", *_blocks(block.blocks), "</details>"]
 
 
 def _table(table: DataTable) -> list[str]:
     def row(values: Sequence[str]) -> str:
-        return "| " + " | ".join(_plain(value).replace("|", "\\|") for value in values) + " |"
+        return "| " + " | ".join(markdown_line(value).replace("|", "\\|") for value in values) + " |"
 
     rows = [row(values) for values in table.rows]
-    lines = [f"### {_plain(table.title)}", "", row(table.heads), row(["---"] * len(table.heads)), *rows]
-    return lines + (["", _plain(table.note)] if table.note else [])
-
-
-def _plain(text: str) -> str:
-    """On one line, no HTML, no link and no picture: a name can't load anything from elsewhere."""
-    return " ".join(text.splitlines()).replace("\\", "\\\\").replace("<", "\\<").replace("](", "]\\(")
+    lines = [f"### {markdown_line(table.title)}", "", row(table.heads), row(["---"] * len(table.heads)), *rows]
+    return lines + (["", markdown_line(table.note)] if table.note else [])
 
 
 def file_name(label: str) -> str:

@@ -8,7 +8,6 @@ apart with what differs; they are never averaged with the others. Neither are ru
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ from avalanche_firn.evaluation.statistics import mean_interval
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.recipe import load_experiment
 from avalanche_firn.experiments.recipe_table import JOINT, VOTE, Experiment, recipes_by_paper
-from avalanche_firn.experiments.results import FILE, read_results
+from avalanche_firn.experiments.results import FILE, files_below, read_results
+from avalanche_firn.experiments.results_form import read_environment
+from avalanche_firn.experiments.resume_settings import declared_text
 
 __all__ = ["Reproduced", "Rows", "StoredRun", "comparable", "differences", "flags_of", "reproduce", "stored_runs"]
 
@@ -103,7 +104,7 @@ def stored_runs(folders: Iterable[Path]) -> list[StoredRun]:
     for top in folders:
         if not top.is_dir():
             raise ConfigError(f"{top} isn't a folder; give folders of runs or comparisons")
-        for path in sorted(top.rglob(FILE)):
+        for path in files_below(top, FILE):
             if path.resolve() not in found:
                 found[path.resolve()] = _read(path.parent)
     return sorted(found.values(), key=lambda run: (run.results["recipe"], run.label, run.seed, str(run.folder)))
@@ -111,14 +112,11 @@ def stored_runs(folders: Iterable[Path]) -> list[StoredRun]:
 
 def _read(folder: Path) -> StoredRun:
     results = read_results(folder)
-    assert results is not None  # the file was there
+    if results is None:  # the name was there: of a pipe, or of a link to nowhere
+        raise ConfigError(f"{folder / FILE} isn't a file")
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds no config.yaml, so what was run isn't known")
-    environment = folder / "environment.json"
-    try:
-        surroundings = json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{environment} can't be read: {error}") from None
+    surroundings = read_environment(folder / "environment.json")
     try:
         config: Experiment | None = load_experiment(folder / "config.yaml")
     except ConfigError:
@@ -187,6 +185,7 @@ def flags_of(runs: Sequence[StoredRun]) -> list[str]:
             ("task identity at test time", protocol.get("task_identity_at_test")),
             ("rates chosen on the transfer classes", "test" in protocol.get("rates_chosen_on", "")),
             (f"weights became infinite or NaN with seed {run.seed}", any(diverged)),
+            (f"seed {run.seed} resumed with {declared_text(run.results)}", declared_text(run.results)),
         ):
             if holds:
                 found[flag] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from avalanche_firn.experiments.about_sections import TASK_GIVEN, TRANSFER_FIGURES, TargetConfig
 from avalanche_firn.experiments.collected_runs import collect
 from avalanche_firn.experiments.errors import ConfigError
+from avalanche_firn.experiments.escapes import markdown_line
 from avalanche_firn.experiments.recipe_table import Experiment, backbone_of, cost_text, declared
 from avalanche_firn.experiments.reproduction import Reproduced, Rows, StoredRun, flags_of, reproduce, stored_runs
 from avalanche_firn.experiments.results import write_text
@@ -95,7 +97,7 @@ class _Sources:
 
 def _name(rows: Rows) -> str:
     """The method's label, with the hashes that tell its runs apart where some had other weights or data."""
-    return f"{rows.label} ({rows.note})" if rows.note else rows.label
+    return markdown_line(f"{rows.label} ({rows.note})" if rows.note else rows.label)
 
 
 def _seeds(rows: Rows, config: Experiment) -> str:
@@ -146,23 +148,31 @@ def _environments(run: StoredRun) -> list[dict[str, Any]]:
 def _code(environment: dict[str, Any]) -> str:
     commit = environment.get("git_commit")
     if not commit:
-        return f"version {environment.get('packages', {}).get('avalanche-firn', 'unknown')}, commit {_UNKNOWN}"
+        version = environment.get("packages", {}).get("avalanche-firn", "unknown")
+        return f"version {markdown_line(str(version))}, commit {_UNKNOWN}"
     head, changed, _ = commit.partition("+")
-    return f"`{head[:12]}`" + (" with changes" if changed else "")
+    return f"`{_hexadecimal(head)}`" + (" with changes" if changed else "")
 
 
 def _device(environment: dict[str, Any]) -> str:
     device = environment.get("device", {})
     threads = device.get("threads")
     cpu = f"CPU, {threads} thread{'s' if threads != 1 else ''}" if threads else "CPU"
-    return str(device.get("name") or (cpu if device.get("type") == "cpu" else device.get("type", _UNKNOWN)))
+    named = device.get("name") or (cpu if device.get("type") == "cpu" else device.get("type", _UNKNOWN))
+    return markdown_line(str(named))
+
+
+def _hexadecimal(text: str) -> str:
+    """The first twelve digits of a hash, whatever a file holds in its place."""
+    return re.sub(r"[^0-9A-Za-z]", "", text)[:12]
 
 
 def _weights(run: StoredRun) -> str:
     backbone = run.results.get("backbone")
     if backbone is None or backbone["weights"] == "random":
         return "random"
-    return f"`{backbone['weights_sha256'][:12]}`" + ("" if backbone["weights"] == "pretrained" else " from a file")
+    source = "" if backbone["weights"] == "pretrained" else " from a file"
+    return f"`{_hexadecimal(backbone['weights_sha256'])}`{source}"
 
 
 def _joined(values: Iterable[str]) -> str:
@@ -178,7 +188,7 @@ def _details(rows: Rows) -> list[str]:
         _joined(map(_weights, rows.runs)),
         _joined([*map(_code, environments), *missing]),
         _joined([*map(_device, environments), *missing]),
-        _joined([str(e["date"]) for e in environments if e.get("date")]),
+        _joined([markdown_line(str(e["date"])) for e in environments if e.get("date")]),
         f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}",
     ]
 
@@ -203,7 +213,7 @@ def _other_settings(found: Reproduced) -> list[str]:
     for r in found.others:
         differs = "; ".join([*r.differs, *([r.note] if r.note else [])])
         listed = ", ".join(map(str, r.seeds))
-        cells = [r.label, *map(r.measured, tags), f"{len(r.seeds)} ({listed})", differs]
+        cells = [markdown_line(r.label), *map(r.measured, tags), f"{len(r.seeds)} ({listed})", markdown_line(differs)]
         rows.append([*cells, "; ".join(flags_of(r.runs)) or "-", *_details(r)])
     text = "Run with other settings, so neither a reproduction nor comparable with the table above:"
     return [text, "", *_markdown([*heads, *_DETAILS], rows), ""]

@@ -19,7 +19,7 @@ from avalanche_firn.benchmarks.streams import Stream
 from avalanche_firn.benchmarks.transforms import PRESET_NORMALIZATION
 from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.experiments.baseline_sections import SCRConfig
-from avalanche_firn.experiments.config import Config, LoRACIPCConfig, LoRAOnlyConfig, SLCAPlusPlusConfig
+from avalanche_firn.experiments.config import Config, LoRACIPCConfig, LoRAOnlyConfig, LPFTConfig, SLCAPlusPlusConfig
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.methods import METHODS
@@ -28,7 +28,10 @@ from avalanche_firn.experiments.stream_builders import as_config_error, build_st
 from avalanche_firn.models.backbones import Backbone, load_backbone
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.lora import add_composed_lora
+from avalanche_firn.plugins.finite_words import refuse_empty
+from avalanche_firn.plugins.lone_samples import refuses_one
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
+from avalanche_firn.plugins.random_state import private_random_state
 
 __all__ = [
     "Prepared",
@@ -39,6 +42,7 @@ __all__ = [
     "evaluated_stream",
     "hold_stream",
     "prepare",
+    "refuse_lone_images",
     "refuse_repeated_classes",
     "refuse_small_memory",
     "stream_normalization",
@@ -171,6 +175,52 @@ def refuse_small_memory(config: Config, classes: int) -> None:
             raise ConfigError(Problem(f"methods[{i}].rehearsal.mem_size", reason, f"at least {classes}"))
 
 
+def refuse_lone_images(config: Config, backbone: Backbone, stream: Stream) -> None:
+    """Refuses batch sizes that leave a single image to a BatchNorm that sees one value per channel.
+
+    torch would refuse that batch when it comes, which may be in the last task.
+
+    Raises:
+        ConfigError: there is one in the recipe; methods that train on two views or on stored images are looked at only
+            as long as their batches are plain ones.
+    """
+    sizes = [len(experience.dataset) for experience in stream.train]
+    for i, method in enumerate(config.methods):
+        if method.strategy in ("co2l", "cila", "scr", "lorac_ipc"):  # two views; BatchNorm that stands still
+            continue
+        counts = [sum(sizes)] if METHODS[method.strategy].joint else sizes[: _plain_tasks(method)]
+        steps = config.performance.accumulate
+        size = config.training_of(method).batch_size // steps
+        lone = [task for task, count in enumerate(counts) if count % size == min(size - 1, 1)]
+        if not lone:
+            continue
+        with private_random_state():
+            image = stream.train[0].dataset[0][0]
+        norm = refuses_one(backbone.module, image[None]) if isinstance(image, torch.Tensor) else None
+        if norm is None:
+            return
+        fine = [n for n in range(2, 2 * size + 3) if all(count % n != 1 for count in counts)]
+        nearest = sorted(sorted(fine, key=lambda n: abs(n - size))[:3])
+        reason = (
+            f"{size * steps} leaves task {lone[0]} ({counts[lone[0]]} images) a last batch of one image, which "
+            f"BatchNorm {norm} of {backbone.tag} can't be trained on"
+        )
+        own = method.training.batch_size is not None
+        path = f"methods[{i}].training.batch_size" if own else "training.batch_size"
+        raise ConfigError(Problem(path, reason, f"for example {', '.join(str(n * steps) for n in nearest)}"))
+
+
+def _plain_tasks(method: Any) -> int | None:
+    """Tasks, from the first on, that a method trains on plain batches with BatchNorm in training mode; None: all."""
+    if method.strategy in ("replay", "avalanche_replay", "der"):
+        return 1
+    if isinstance(method, LPFTConfig):
+        probe = method.linear_probe
+        if probe.ft_bn == "eval" or (probe.ft_bn == "auto" and probe.lp_features != "train"):
+            return 0 if probe.lp_first else 1
+    return None
+
+
 def check_lora(config: Config, backbone: Backbone) -> None:
     """Tries the low-rank layers of all methods on a copy of the backbone.
 
@@ -233,6 +283,10 @@ def prepare(config: Config) -> Prepared:
     stream = build_stream(config, backbone.data_config, config.seeds[0])
     build_probes(config, stream, evaluated_stream(config, stream), FeatureCache())
     refuse_small_memory(config, stream.num_classes)
+    refuse_lone_images(config, backbone, stream)
+    with as_config_error("stream"):
+        for experience in stream.train:
+            refuse_empty(experience)
     if sum(stream.task_sizes) != stream.num_classes:
         refuse_repeated_classes(config, stream.name)
     assert set(METHODS) >= {method.strategy for method in config.methods}

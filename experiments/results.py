@@ -17,6 +17,7 @@ from typing import Any
 
 from avalanche_firn.evaluation.statistics import Interval, mean_interval
 from avalanche_firn.experiments.errors import ConfigError
+from avalanche_firn.experiments.results_form import FORMAT, check_results, read_json
 
 __all__ = [
     "FIGURES",
@@ -31,7 +32,6 @@ __all__ = [
     "write_text",
 ]
 
-FORMAT = 1
 FILE = "results.json"
 # columns of every table: tag, heading, factor, digits
 FIGURES = (
@@ -72,7 +72,7 @@ def files_below(folder: Path, name: str) -> list[Path]:
     found = []
     for place, _, files in os.walk(folder):
         found += [Path(place, file) for file in fnmatch.filter(files, name)]
-    return sorted(found)
+    return sorted(path for path in found if os.path.isfile(path))  # no pipe, no link to nowhere
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,13 +89,7 @@ def read_results(folder: Path) -> RunResults | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from None
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ConfigError(f"{path} isn't a results file of format {FORMAT}")
-    return RunResults(results, folder)
+    return RunResults(check_results(path, read_json(path)), folder)
 
 
 def find_runs(folders: Iterable[Path]) -> list[RunResults]:

@@ -2,13 +2,14 @@
 
 The folder of a run belongs to one configuration. A finished run of the same configuration is kept, an interrupted one
 goes on, one of another configuration stops the comparison before anything is trained: results are never mixed, and
-nothing is deleted unless the caller says so.
+nothing is deleted unless the caller says so. One process at a time works on a folder, see :func:`claimed`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,9 +20,11 @@ from avalanche_firn.experiments.recipe import load_experiment
 from avalanche_firn.experiments.results import FILE, read_results
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
-__all__ = ["SUMMARY", "Planned", "comparison_folder", "delete_runs", "is_run", "plan_runs", "run_folder"]
+__all__ = ["SUMMARY", "Planned", "claimed", "comparison_folder", "delete_runs", "is_run", "plan_runs", "run_folder"]
 
 SUMMARY = "summary"
+LOCK = "lock"
+"""In a folder that a process works on, and in one whose process was killed."""
 AnyConfig = TypeVar("AnyConfig", Config, TransferExperiment)
 
 
@@ -37,11 +40,17 @@ def run_folder(folder: Path, method: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Planned(Generic[AnyConfig]):
-    """A run of a comparison."""
+    """A run of a comparison.
+
+    Attributes:
+        config: what it is. folder: of the run. finished: whether its results are there.
+        running: how it goes on, where that differs; see :mod:`~avalanche_firn.experiments.resume_settings`.
+    """
 
     config: AnyConfig
     folder: Path
     finished: bool
+    running: AnyConfig | None = None
 
 
 def is_run(config: Config | TransferExperiment, folder: Path) -> bool:
@@ -60,7 +69,7 @@ def plan_runs(config: AnyConfig, folder: Path, fresh: bool) -> Iterator[Planned[
         for method in config.methods:
             single = config.single(method.name, seed)
             place = run_folder(folder, method.name, seed)
-            used = place.exists() and not (place.is_dir() and not any(place.iterdir()))
+            used = place.exists() and not (place.is_dir() and {path.name for path in place.iterdir()} <= {LOCK})
             if used and not (place / "config.yaml").is_file():
                 foreign.append(f"{place} isn't the folder of a run; use another name= or --output")
             difference = _difference(single, place) if used and not fresh and not foreign else None
@@ -100,11 +109,54 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def delete_runs(folder: Path, plan: Sequence[Planned[Any]], *, everything: bool) -> None:
-    """Delete the planned runs, with `everything` also other runs of the comparison and its summary; nothing else."""
+    """Delete the planned runs, with `everything` also other runs of the comparison and its summary; nothing else.
+
+    Raises:
+        CheckpointError: another process works on one of them; nothing has been deleted then.
+        StorageError: a folder can't be deleted.
+    """
+    from avalanche_firn.plugins.storage_stop import writing  # loads torch: late
+
     places = {planned.folder for planned in plan}
     if everything:
         places |= set(folder.glob("*/seed-*"))
-        shutil.rmtree(folder / SUMMARY, ignore_errors=True)
-    for place in places:
-        if (place / "config.yaml").is_file():  # only what a run has made
-            shutil.rmtree(place)
+    made = sorted(place for place in places if (place / "config.yaml").is_file())  # only what a run has made
+    with ExitStack() as claims:
+        for place in made:
+            claims.enter_context(claimed(place))
+        if everything:
+            shutil.rmtree(folder / SUMMARY, ignore_errors=True)
+        for place in made:
+            with writing("the deletion of a run", place):
+                shutil.rmtree(place)
+
+
+class _Claim:
+    """Who holds a folder."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a folder of a run or of a comparison for this process; it is made if needed, and gone again if left empty.
+
+    Reading it (reports, dashboards) needs no claim. A process that is killed leaves a file that blocks nobody.
+
+    Raises:
+        CheckpointError: another process works on it, or a part of this one; its files are untouched.
+        StorageError: the folder or its lock can't be made.
+    """
+    from avalanche_firn.plugins.folder_lock import lock_directory, unlock_directory  # loads torch: late
+    from avalanche_firn.plugins.storage_stop import writing
+
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    with writing("the folder of a run", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    owner = _Claim()
+    lock_directory(folder, owner, None)
+    try:
+        yield
+    finally:
+        unlock_directory(folder, owner, delete=True)
+        for place in absent:
+            with suppress(OSError):
+                place.rmdir()

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,12 @@ from avalanche_firn.experiments.dynamics_results import (
     zapping_protocol,
     zapping_results,
 )
-from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
+from avalanche_firn.experiments.environment import (
+    describe_environment,
+    resolve_device,
+    seed_everything,
+    use_deterministic,
+)
 from avalanche_firn.experiments.lora_results import lora_curves, lora_protocol, lora_results
 from avalanche_firn.experiments.methods import METHODS, Ingredients, build_strategy
 from avalanche_firn.experiments.performance_section import FIGURES as PERFORMANCE
@@ -61,14 +66,21 @@ from avalanche_firn.experiments.resources import (
     stream_normalization,
 )
 from avalanche_firn.experiments.results import FILE, FORMAT, RunResults, read_results, write_json, write_text
+from avalanche_firn.experiments.resume_settings import declared, given
+from avalanche_firn.experiments.run_folders import claimed
+from avalanche_firn.experiments.run_stops import Standing, told_stops
 from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.slca_results import slca_curves
 from avalanche_firn.experiments.tensorboard_table import RUN_SECONDS, hyper_parameters
 from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
-from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files
+from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files, sync
+from avalanche_firn.plugins.event_files import abandon, quiet_writers
 from avalanche_firn.plugins.fast_path import FastPathPlugin
+from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
+from avalanche_firn.plugins.run_errors import StorageError
+from avalanche_firn.plugins.storage_stop import writing
 
 __all__ = ["run"]
 
@@ -107,7 +119,12 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     dynamics = build_dynamics(config, stream, evaluated)
     confusion = TaskConfusion(stream=name)
     extra += [metric for metric in (given_task, confusion, bound, dynamics) if metric is not None]
-    board, table = TensorboardLogger(folder), CsvLogger(folder / _METRICS)
+    table = CsvLogger(folder / _METRICS)
+    try:
+        board = TensorboardLogger(folder)
+    except BaseException:
+        table.close()
+        raise
     evaluator = EvaluationPlugin(
         *metrics,
         *extra,
@@ -120,9 +137,13 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     efficiency = next(metric for metric in metrics if isinstance(metric, Efficiency))
     try:
         yield _Recorder(matrix, given_task, confusion, probes, bound, dynamics, efficiency, evaluator, board, table)
-    finally:
-        board.writer.close()
-        table.close()
+    except BaseException:
+        abandon(board.writer)
+        with suppress(StorageError):  # what ended the run is told, and not that a full disk is still full
+            table.close()
+        raise
+    board.writer.close()  # raises if an event was lost
+    table.close()
 
 
 def run(
@@ -133,8 +154,11 @@ def run(
     say: Callable[[str], None] | None = print,
     images: dict[str, Any] | None = None,
     watch: RunWatch | None = None,
+    running: Config | None = None,
 ) -> dict[str, Any]:
     """Train one method with one seed in `folder`, or finish an interrupted run there; a finished one is only read.
+
+    One process at a time works on the folder: it is locked before anything is read for the run or written.
 
     Args:
         config: with one method and one seed, see :meth:`Config.single`.
@@ -143,60 +167,91 @@ def run(
         say: takes the line per experience; None for silence.
         images: decoded ones, which runs with the same dictionary share.
         watch: told of every experience, and draws the bars, in the place of `say`.
+        running: how the run goes on, where that differs from `config`, which stays what the run is; see
+            :mod:`~avalanche_firn.experiments.resume_settings`.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
         ConfigError: the backbone, the data or the device can't be had; nothing has been written then.
+        CheckpointError: another process works on the folder, or its checkpoints can't be used.
+        RunError: memory, disk or images end the run, or numbers that aren't finite; its last checkpoint is kept.
     """
     done = read_results(folder)
     if done is not None:
         return done
+    running = config if running is None else running
+    settings = tuple(f"{key}={json.dumps(value)}" for key, value in given(config, running).items())
+    standing = Standing(running, folder, settings)
+    with told_stops(standing), claimed(folder), quiet_writers():
+        done = read_results(folder)  # another process may have finished it in the meantime
+        return done if done is not None else _run(config, running, standing, quiet, say, images, watch)
+
+
+def _run(
+    own: Config,
+    config: Config,
+    standing: Standing,
+    quiet: bool,
+    say: Callable[[str], None] | None,
+    images: dict[str, Any] | None,
+    watch: RunWatch | None,
+) -> dict[str, Any]:
+    """The run itself. `own`: what it is. `config`: how it computes now."""
+    folder = standing.folder
     method, seed = config.methods[0], config.seeds[0]
-    device = resolve_device(config.device)
+    standing.device = device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    use_deterministic(config.deterministic)
     seed_everything(seed)
     backbone = build_backbone(config)
-    stream = build_stream(config, backbone.data_config, seed)
-    stream, held = hold_stream(config, stream, device, folder, quiet=quiet, cache=images)
+    standing.stream = build_stream(config, backbone.data_config, seed)
+    stream, held = hold_stream(config, standing.stream, device, folder, quiet=quiet, cache=images)
+    standing.held = held
     evaluated = evaluated_stream(config, stream)
     continual = stream
     if METHODS[method.strategy].joint:
         stream = stream.joint()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", dump(config))
+    with writing("the settings of a run", folder / "config.yaml"):
+        write_text(folder / "config.yaml", dump(own))
     place, grown = folder / "checkpoint", [f"{glob.escape(str(folder))}/{name}" for name in _GROWN]
     resumed = bool(checkpoints(place))
     if resumed:
         ExactCheckpointPlugin.rewind(place, grown)
     else:  # killed before its first checkpoint, if there is anything at all
-        for path in matching_files(grown):
-            path.unlink()
+        with writing("what a run appends to, begun anew", folder):
+            for path in matching_files(grown):
+                path.unlink()
     checkpoint = ExactCheckpointPlugin(
         place,
         every=config.checkpoint.every,
         keep=config.checkpoint.keep,
-        fingerprint=f"{config.digest()} {stream.fingerprint} {backbone.weights_sha256}",
+        fingerprint=f"{own.digest()} {stream.fingerprint} {backbone.weights_sha256}",
         append_only=grown,
     )
-    _record_environment(folder, device, backbone, held, resumed=resumed)
+    changed = given(own, config)
+    if changed:
+        changed = {"from": checkpoints(place)[0].name if resumed else "start", "settings": changed}
+    environment = _record_environment(folder, device, backbone, {"images": held, **changed}, resumed=resumed)
     clock, cache = RunClock(), FeatureCache()
     watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
     try:
         with _recorder(config, folder, continual, evaluated, cache) as recorder:
             plugins: list[SupervisedPlugin] = [*_fast_path(config), checkpoint]
             normalization = stream_normalization(config, backbone.data_config)
-            strategy = build_strategy(
+            standing.strategy = strategy = build_strategy(
                 Ingredients(config, backbone, device, plugins, recorder.evaluator, cache, normalization)
             )
+            if config.performance.finite_guard:
+                strategy.plugins.insert(0, FiniteGuardPlugin())  # before those that make something of the weights
             if (bars := watch.plugin(len(stream.train))) is not None:
                 strategy.plugins.insert(0, bars)  # before others: it shows what they begin
             strategy.plugins.insert(0, clock)  # first: what others do before an evaluation counts
             seed_everything(seed)  # again: what loading the backbone drew must not shift the order of the data
             if not resumed:
-                log_text_config(recorder.board.writer, dump(config))
+                log_text_config(recorder.board.writer, dump(own))
             for index in _train(config, strategy, checkpoint, stream, evaluated):
                 watch.experience(
                     index=index,
@@ -205,15 +260,20 @@ def run(
                     figures=recorder.matrix.matrix.summary(index),
                     seconds=clock.seconds,
                 )
-            results = _results(config, stream, backbone, recorder, strategy, clock.seconds)
+            results = _results(own, stream, backbone, recorder, strategy, clock.seconds)
+            if resumed_with := declared(environment):
+                results["performance"]["resumed_with"] = resumed_with
             seconds = {RUN_SECONDS: results["cost"]["seconds"]}
-            log_hparams(recorder.board.writer, hyper_parameters(config), seconds, experiment=False)
-        write_json(folder / FILE, results)
+            log_hparams(recorder.board.writer, hyper_parameters(own), seconds, experiment=False)
+        with writing("the results of a run", folder / FILE):
+            for path in matching_files(grown):
+                sync(path)  # where there are results, everything that they come from is on the disk
+            write_json(folder / FILE, results)
     finally:
         watch.close()
         checkpoint.close()
     for older in checkpoints(place)[1:]:
-        shutil.rmtree(older)
+        shutil.rmtree(older, ignore_errors=True)
     return RunResults(results, folder)
 
 
@@ -226,6 +286,7 @@ def _fast_path(config: Config) -> list[SupervisedPlugin]:
             one_pass=section.one_pass_evaluation,
             prefetch_factor=section.prefetch_factor,
             persistent_workers=section.persistent_workers,
+            worker_timeout=section.worker_timeout,
         )
     ]
 
@@ -247,18 +308,24 @@ def _train(
 
 
 def _record_environment(
-    folder: Path, device: torch.device, backbone: Backbone, held: dict[str, str], *, resumed: bool
-) -> None:
-    """Write environment.json; a resumed run keeps the first one and adds the one that it goes on in."""
+    folder: Path, device: torch.device, backbone: Backbone, more: dict[str, Any], *, resumed: bool
+) -> dict[str, Any]:
+    """Write environment.json; a resumed run keeps the first one and adds the one that it goes on in.
+
+    Returns:
+        All that stands there now.
+    """
     environment = describe_environment(device) | {
         "backbone": {"tag": backbone.tag, "weights": backbone.weights, "weights_sha256": backbone.weights_sha256},
-        "images": held,
+        **more,
     }
     path = folder / "environment.json"
     if resumed and path.is_file():
         first = json.loads(path.read_text(encoding="utf-8"))
         environment = first | {"resumed_in": [*first.get("resumed_in", []), environment]}
-    write_json(path, environment)
+    with writing("the environment of a run", path):
+        write_json(path, environment)
+    return environment
 
 
 def _curves(matrix: ResultMatrix, prefix: str = "") -> dict[str, list[float | None]]:

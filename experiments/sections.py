@@ -23,6 +23,7 @@ from avalanche_firn.experiments.public_stream_sections import (
     ImageNetRStreamConfig,
 )
 from avalanche_firn.experiments.section_base import Rate, Section
+from avalanche_firn.experiments.stream_rules import MOST
 from avalanche_firn.experiments.stream_sections import (
     AvalancheStreamConfig,
     DigitsStreamConfig,
@@ -132,11 +133,13 @@ class TrainingConfig(Section):
     """How one experience is trained."""
 
     epochs: int = Field(default=20, ge=1, description="epochs per experience; exps/slca_cifar.json")
-    batch_size: int = Field(default=128, ge=1, description="images per step; exps/slca_cifar.json")
-    eval_batch_size: int = Field(default=256, ge=1, description="images per evaluation step; changes no figure")
+    batch_size: int = Field(default=128, ge=1, le=MOST, description="images per step; exps/slca_cifar.json")
+    eval_batch_size: int = Field(
+        default=256, ge=1, le=MOST, description="images per evaluation step; changes no figure"
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="rebuilt in every experience")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="rebuilt in every experience")
-    num_workers: int = Field(default=0, ge=0, description="loader processes; 0 loads in the main process")
+    num_workers: int = Field(default=0, ge=0, le=1024, description="loader processes; 0 loads in the main process")
 
     @model_validator(mode="after")
     def _reachable(self) -> TrainingConfig:
@@ -161,7 +164,7 @@ class TrainingOverride(Section):
     """Training of one method, where it differs from ``training``; null means the same as there."""
 
     epochs: int | None = Field(default=None, ge=1, description="null = as in training")
-    batch_size: int | None = Field(default=None, ge=1, description="null = as in training")
+    batch_size: int | None = Field(default=None, ge=1, le=MOST, description="null = as in training")
     optimizer: OptimizerOverride = Field(default_factory=OptimizerOverride, description="single values of it")
     schedule: ScheduleConfig | None = Field(default=None, description="null = as in training; given as a whole")
 

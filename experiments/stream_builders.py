@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torchvision.transforms import Compose
 
 from avalanche_firn.benchmarks import classic
@@ -41,21 +42,32 @@ from avalanche_firn.experiments.stream_sections import (
     DomainFolderStreamConfig,
     FolderStreamConfig,
 )
+from avalanche_firn.plugins.run_errors import RunError
 
 __all__ = ["as_config_error", "build_stream"]
 
 Transforms = Mapping[str, Any]  # train_transform and eval_transform, as streams take them
 
 
+_TERSE = (LookupError, AttributeError)  # their texts alone say little
+
+
 @contextmanager
 def as_config_error(path: str) -> Iterator[None]:
-    """Errors of a builder become errors of the section at `path`."""
+    """Errors of a builder become errors of the section at `path`.
+
+    Builders call libraries with values that no schema of ours knows, and libraries raise what they like. What has
+    nothing to do with values stays as it is: no memory left, whatever is a :class:`RunError`.
+    """
     try:
         yield
-    except ConfigError:
+    except (ConfigError, RunError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(Problem(path, str(error) or type(error).__name__)) from error
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, AssertionError, *_TERSE) as error:
+        told = str(error) or type(error).__name__
+        if isinstance(error, _TERSE):
+            told = f"{type(error).__name__}: {told}"
+        raise ConfigError(Problem(path, told)) from error
 
 
 def build_stream(config: Config, data_config: dict[str, Any], seed: int) -> Stream:

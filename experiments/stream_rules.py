@@ -6,9 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from avalanche_firn.experiments.schema_rules import repeated
+
 __all__ = [
     "AUGMENT_HELP",
     "CLASSES_HELP",
+    "MOST",
     "ORDER_HELP",
     "TASKS_HELP",
     "TRANSFORMS_HELP",
@@ -21,9 +24,12 @@ __all__ = [
     "task_problems",
 ]
 
+MOST = 1_000_000
+"""Classes, or tasks, of a stream; our choice, far above any data set."""
 ClassId = Annotated[int, Field(ge=0)]
 ClassOrder = Literal["natural", "seeded"] | list[ClassId]
-Tasks = Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Tasks = Count | list[Count]
 Transforms = Literal[
     "backbone",
     "slca_cifar",
@@ -58,9 +64,9 @@ def order_problems(order: Any, classes: int | None) -> list[tuple[str, str, str]
         return []
     accepted = "natural, seeded, or a list with every class id once"
     problems = []
-    repeated = sorted({c for c in order if order.count(c) > 1}, key=str)
-    if repeated:
-        problems.append(("class_order", f"the class ids {repeated} are repeated", accepted))
+    twice = repeated(order)
+    if twice:
+        problems.append(("class_order", f"the class ids {twice} are repeated", accepted))
     size = classes if classes is not None else len(order)
     if len(order) != size:
         problems.append(("class_order", f"has {len(order)} entries for {size} classes", accepted))

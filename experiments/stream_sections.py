@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
-from avalanche_firn.experiments.section_base import Section
+from avalanche_firn.experiments.schema_rules import repeated
+from avalanche_firn.experiments.section_base import Arguments, Section
 from avalanche_firn.experiments.stream_rules import (
     AUGMENT_HELP,
     CLASSES_HELP,
+    MOST,
     ORDER_HELP,
     TASKS_HELP,
     TRANSFORMS_HELP,
@@ -56,7 +58,7 @@ class FolderStreamConfig(Section):
     class_order: Literal["natural", "seeded"] | list[ClassId | str] = Field(
         default="natural", description=f"{ORDER_HELP}, or of all class names"
     )
-    classes: int | None = Field(default=None, ge=1, description=CLASSES_HELP)
+    classes: int | None = Field(default=None, ge=1, le=MOST, description=CLASSES_HELP)
     validation_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="of each class, unless the folder has a validation part; our choice"
     )
@@ -86,7 +88,7 @@ class DomainFolderStreamConfig(Section):
     domain_order: list[Annotated[str, Field(min_length=1)]] | None = Field(
         default=None, min_length=1, description="domain folders in order of appearance; null = all, sorted as text"
     )
-    classes: int | None = Field(default=None, ge=1, description=CLASSES_HELP)
+    classes: int | None = Field(default=None, ge=1, le=MOST, description=CLASSES_HELP)
     validation_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="of each class of a domain, unless it has a validation part; our choice"
     )
@@ -101,9 +103,8 @@ class DomainFolderStreamConfig(Section):
     def _possible(self) -> DomainFolderStreamConfig:
         problems = fraction_problems(self.validation_fraction, self.test_fraction)
         order = self.domain_order or []
-        repeated = sorted({d for d in order if order.count(d) > 1})
-        if repeated:
-            problems.append(("domain_order", f"the domains {repeated} are repeated", "every domain once"))
+        if twice := repeated(order):
+            problems.append(("domain_order", f"the domains {twice} are repeated", "every domain once"))
         reject(problems)
         return self
 
@@ -113,7 +114,7 @@ class AvalancheStreamConfig(Section):
 
     name: Literal["avalanche"] = Field(description="a classic benchmark of Avalanche")
     benchmark: str = Field(min_length=1, description="its class name, for example SplitMNIST")
-    arguments: dict[str, Any] = Field(
+    arguments: Arguments = Field(
         default_factory=dict,
         description="its keyword arguments; without seed or fixed_class_order the run's seed is used; RotatedMNIST "
         "without rotations_list gets angles in [0, 180) degrees from that seed",

@@ -20,6 +20,7 @@ from avalanche_firn.experiments.public_stream_sections import (
     HuggingFaceStreamConfig,
 )
 from avalanche_firn.experiments.sections import StreamConfig
+from avalanche_firn.experiments.stream_rules import MOST
 from avalanche_firn.experiments.stream_sections import (
     DIGITS,
     AvalancheStreamConfig,
@@ -114,9 +115,9 @@ def _classic(section: AvalancheStreamConfig) -> TaskPlan:
     arguments = {**_defaults(name), **section.arguments}
     count, classes = arguments.get("n_experiences"), CLASS_COUNTS[name]
     path = "stream.arguments.n_experiences"
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST:
         reason = f"{count!r} isn't accepted" if "n_experiences" in arguments else "missing"
-        raise ConfigError(Problem(path, reason, "a whole number, at least 1"))
+        raise ConfigError(Problem(path, reason, f"a whole number, 1 to {MOST}"))
     repeats = name in _ALL_CLASSES_EACH or bool(arguments.get("class_ids_from_zero_in_each_exp"))
     if name in _ALL_CLASSES_EACH:
         sizes = (classes,) * count
@@ -149,7 +150,17 @@ def _given(name: str, arguments: dict[str, Any]) -> dict[int, int]:
     if name == "SplitCIFAR110":
         return {0: 10}  # CIFAR-10 as a whole
     if name == "SplitCUB200" and arguments.get("classes_first_batch") is not None:
-        return {0: int(arguments["classes_first_batch"])}
+        return {0: _count(arguments["classes_first_batch"], "classes_first_batch")}
     if arguments.get("first_exp_with_half_classes") or arguments.get("first_batch_with_half_classes"):
         return {0: CLASS_COUNTS[name] // 2}
-    return {int(i): int(n) for i, n in (arguments.get("per_exp_classes") or {}).items()}
+    given = arguments.get("per_exp_classes") or {}
+    if not isinstance(given, dict) or not all(isinstance(key, int) and key >= 0 for key in given):
+        reason, accepted = f"{given!r} isn't accepted", "experience: number of classes, both whole numbers"
+        raise ConfigError(Problem("stream.arguments.per_exp_classes", reason, accepted))
+    return {key: _count(value, f"per_exp_classes.{key}") for key, value in given.items()}
+
+
+def _count(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise ConfigError(Problem(f"stream.arguments.{name}", f"{value!r} isn't accepted", f"1 to {MOST}"))
+    return value

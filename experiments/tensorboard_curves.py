@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from avalanche_firn.evaluation.tensorboard import Parts, interval_points
 from avalanche_firn.evaluation.vocabulary import VALIDATION, describe
+from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["by_label", "group_curves", "label_of", "thinned", "unfinished_curves"]
 
 POINTS = 1000  # TensorBoard itself keeps a random choice of as many per curve
 _TOTAL = 100_000  # points in all, then curves get shorter: 1.5 s to write
+_MOST = 1e15  # a step beyond is a damaged line
 FloatArray = NDArray[np.float64]
 Curve = tuple[NDArray[np.int64], FloatArray]
 """(T,) steps and (S, T) values, one row per seed, NaN where a seed has none."""
@@ -123,6 +125,8 @@ def _stacked(rows: Sequence[Sequence[float | None]]) -> Curve:
 def _logged(path: Path, wanted: Wanted, prefix: str) -> dict[str, tuple[FloatArray, FloatArray]]:
     """Steps and values of the wanted tags, without ``prefix``; none where there is no ``metrics.csv``."""
     found: dict[str, tuple[list[str], list[str]] | None] = {}
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
@@ -137,13 +141,17 @@ def _logged(path: Path, wanted: Wanted, prefix: str) -> dict[str, tuple[FloatArr
                 if lists is not None:
                     lists[0].append(step)
                     lists[1].append(value)
+        arrays = {}
+        for tag, lists in found.items():
+            if lists is not None:
+                steps, values = (np.array(part, dtype=np.float64) for part in lists)
+                if not ((steps >= 0) & (steps < _MOST)).all():
+                    raise ValueError(f"{tag} has a step outside 0 to {_MOST:.0e}")
+                arrays[tag.removeprefix(prefix)] = (steps, values)
+    except (ValueError, csv.Error) as error:  # text that is none, a line of something else
+        raise ConfigError(f"{path} isn't as it was written: {error}") from None
     except OSError:
         return {}
-    arrays = {}
-    for tag, lists in found.items():
-        if lists is not None:
-            steps, values = (np.array(part, dtype=np.float64) for part in lists)
-            arrays[tag.removeprefix(prefix)] = (steps, values)
     return arrays
 
 

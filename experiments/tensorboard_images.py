@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from avalanche_firn.evaluation.comparison_figures import (
@@ -102,7 +103,10 @@ def _bounds(group: Group) -> Figure | None:
         return None
     title = f"{group.label}: contrastive loss and its bounds, mean over seeds"
     figure = curves_figure(curves, title=title, ylabel="nats, logarithmic", percent=False)
-    figure.axes[0].set_yscale("log", nonpositive="mask")
+    axes = figure.axes[0]
+    axes.set_yscale("log", nonpositive="mask")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # matplotlib's own writes formulas
+    axes.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

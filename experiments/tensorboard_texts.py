@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from avalanche_firn.evaluation.vocabulary import glossary
+from avalanche_firn.experiments.escapes import markdown_line, one_line, visible
 from avalanche_firn.experiments.results import FIGURES, Group
 from avalanche_firn.experiments.tensorboard_curves import label_of
 from avalanche_firn.experiments.tensorboard_table import Settings
@@ -70,7 +71,8 @@ def dashboard_texts(
     if groups:
         texts["2 results"] = _results(groups)
     if unfinished:
-        texts["2 results, unfinished"] = markdown_table(["method", "so far"], [[*item] for item in unfinished.items()])
+        rows = [[markdown_line(label), markdown_line(far)] for label, far in unfinished.items()]
+        texts["2 results, unfinished"] = markdown_table(["method", "so far"], rows)
     if groups:
         texts["3 protocol"] = _protocol(groups)
     texts["4 what the tags mean"] = _meanings(tags)
@@ -91,7 +93,7 @@ def _results(groups: Sequence[Group]) -> str:
     for group in groups:
         cells = [(group.interval(tag), scale, digits) for tag, _, scale, digits in FIGURES]
         shown = ["-" if interval is None else interval.format(scale, digits) for interval, scale, digits in cells]
-        rows.append([label_of(group), *shown, ", ".join(map(str, group.seeds))])
+        rows.append([markdown_line(label_of(group)), *shown, ", ".join(map(str, group.seeds))])
     return (
         f"{markdown_table(heads, rows)}\n\nMean ± 95 % interval over the seeds (Student t); one seed has no interval."
     )
@@ -101,7 +103,8 @@ def _protocol(groups: Sequence[Group]) -> str:
     """What each method was allowed, one row per flag that results have."""
     flags = dict.fromkeys(flag for group in groups for flag in group.runs[0]["protocol"])
     rows = [
-        [flag.replace("_", " "), *(_flag(group.runs[0]["protocol"].get(flag)) for group in groups)] for flag in flags
+        [markdown_line(flag.replace("_", " ")), *(_flag(group.runs[0]["protocol"].get(flag)) for group in groups)]
+        for flag in flags
     ]
     for title, key in (
         ("evaluated split", lambda run: run["stream"]["split"]),
@@ -109,14 +112,15 @@ def _protocol(groups: Sequence[Group]) -> str:
         ("backbone", lambda run: f"{run['backbone']['tag']} ({run['backbone']['weights']})"),
         ("device", lambda run: run["cost"]["device"]),
     ):
-        rows.append([title, *(", ".join(sorted({key(run) for run in group.runs})) for group in groups)])
-    return markdown_table(["", *(group.label for group in groups)], rows)
+        values = [", ".join(sorted({key(run) for run in group.runs})) for group in groups]
+        rows.append([title, *map(markdown_line, values)])
+    return markdown_table(["", *(markdown_line(group.label) for group in groups)], rows)
 
 
 def _flag(value: object) -> str:
     if value is None:
         return "-"
-    return {True: "**yes**", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return {True: "**yes**", False: "no"}[value] if isinstance(value, bool) else markdown_line(str(value))
 
 
 def _meanings(tags: Iterable[str]) -> str:
@@ -131,21 +135,26 @@ def _differences(groups: Sequence[Group], settings: Sequence[Settings | None]) -
     """Hyper-parameters that not all methods share; empty where fewer than two configurations are known."""
     known = [(group.label, row) for group, row in zip(groups, settings, strict=True) if row is not None]
     names = sorted({name for _, row in known for name in row} - {"Method", "Seed"})
-    rows = [[f"`{name}`", *(str(row.get(name, "-")) for _, row in known)] for name in names]
+    rows = [[_code(name), *(markdown_line(str(row.get(name, "-"))) for _, row in known)] for name in names]
     different = [row for row in rows if len(set(row[1:])) > 1]
     if len(known) < 2 or not different:
         return ""
     same = len(rows) - len(different)
-    table = markdown_table(["setting", *(label for label, _ in known)], different)
+    table = markdown_table(["setting", *(markdown_line(label) for label, _ in known)], different)
     return f"{table}\n\n{same} settings are the same in all of them; - means that a method has no such setting."
 
 
 def _configuration(folder: Path | None) -> str:
     """A run's resolved configuration as a verbatim block; empty where it can't be read."""
-    if folder is None:
+    if folder is None or not (folder / "config.yaml").is_file():  # a pipe would be waited for
         return ""
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    return "\n".join(f"    {visible(line)}" for line in text.splitlines())
+
+
+def _code(name: str) -> str:
+    """A name as code, which nothing in it can end."""
+    return f"`{one_line(name).replace('`', chr(39))}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,16 @@ from avalanche_firn.experiments.pretraining import (
 from avalanche_firn.experiments.recipe import dump
 from avalanche_firn.experiments.report_unfinished import unfinished_text
 from avalanche_firn.experiments.results import FILE, files_below, find_runs, read_results, write_text
-from avalanche_firn.experiments.run_folders import SUMMARY, Planned, comparison_folder, delete_runs, is_run, plan_runs
+from avalanche_firn.experiments.resume_settings import plan_with_settings
+from avalanche_firn.experiments.run_folders import (
+    SUMMARY,
+    Planned,
+    claimed,
+    comparison_folder,
+    delete_runs,
+    is_run,
+    plan_runs,
+)
 from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 from avalanche_firn.experiments.transfer_data import TransferData, build_data, random_data
@@ -35,6 +45,7 @@ from avalanche_firn.experiments.transfer_report import write_transfer_report as 
 from avalanche_firn.experiments.transfer_results import COLUMNS
 from avalanche_firn.experiments.transfer_run import run
 from avalanche_firn.experiments.unfinished import find_unfinished
+from avalanche_firn.plugins.storage_stop import writing
 
 __all__ = [
     "TransferComparison",
@@ -101,17 +112,20 @@ def compare_transfers(
     summary: bool = True,
     say: Callable[[str], None] = print,
     narrator: Narrator | None = None,
+    settings: Sequence[str] = (),
 ) -> TransferComparison:
     """Do the runs that are missing, and summarise; see :func:`avalanche_firn.experiments.comparison.compare`."""
     folder = comparison_folder(config) if folder is None else folder
-    plan = list(plan_runs(config, folder, fresh))
-    data = None if all(planned.finished for planned in plan) else _prepared(config)[1]
-    if fresh:
-        delete_runs(folder, plan, everything=summary)
-    if summary:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump(config))
-    return _done(config, folder, plan, data, narrator or TextNarrator(say, quiet=quiet), summary=summary)
+    narrator = narrator or TextNarrator(say, quiet=quiet)
+    with claimed(folder) if summary else nullcontext():  # a single run of it is kept apart by its own folder
+        plan = plan_with_settings(list(plan_runs(config, folder, fresh)), settings)
+        data = _data(config, plan)
+        if fresh:
+            delete_runs(folder, plan, everything=summary)
+        if summary:
+            with writing("the settings of a comparison", folder / "config.yaml"):
+                write_text(folder / "config.yaml", dump(config))
+        return _done(config, folder, plan, data, narrator, settings, summary=summary)
 
 
 def resume_transfers(
@@ -121,14 +135,23 @@ def resume_transfers(
     quiet: bool = False,
     say: Callable[[str], None] = print,
     narrator: Narrator | None = None,
+    settings: Sequence[str] = (),
 ) -> TransferComparison:
     """Go on in a folder whose ``config.yaml`` is `config`: that of an experiment or of a single run."""
     if not is_run(config, folder):
-        return compare_transfers(config, folder=folder, quiet=quiet, say=say, narrator=narrator)
-    finished = read_results(folder) is not None
-    data = None if finished else _prepared(config)[1]
-    plan = [Planned(config, folder, finished)]
-    return _done(config, folder, plan, data, narrator or TextNarrator(say, quiet=quiet), summary=False)
+        return compare_transfers(config, folder=folder, quiet=quiet, say=say, narrator=narrator, settings=settings)
+    plan = plan_with_settings([Planned(config, folder, read_results(folder) is not None)], settings)
+    data = _data(config, plan)
+    return _done(config, folder, plan, data, narrator or TextNarrator(say, quiet=quiet), settings, summary=False)
+
+
+def _data(config: TransferExperiment, plan: Sequence[Planned[TransferExperiment]]) -> TransferData | None:
+    """What runs that aren't finished need; None if all of them are."""
+    waiting = [planned for planned in plan if not planned.finished]
+    if not waiting:
+        return None
+    device = (waiting[0].running or config).device
+    return _prepared(config.model_copy(update={"device": device}))[1]
 
 
 def _done(
@@ -137,6 +160,7 @@ def _done(
     plan: Sequence[Planned[TransferExperiment]],
     data: TransferData | None,
     narrator: Narrator,
+    settings: Sequence[str],
     *,
     summary: bool,
 ) -> TransferComparison:
@@ -151,7 +175,7 @@ def _done(
 
     def one(planned: Planned[TransferExperiment], watch: RunWatch) -> dict[str, Any]:
         assert data is not None
-        return run(planned.config, planned.folder, data, watch=watch)
+        return run(planned.config, planned.folder, data, watch=watch, running=planned.running)
 
     course = Course(
         plan,
@@ -160,6 +184,7 @@ def _done(
         narrator=narrator,
         progress=config.progress,
         resume=folder if summary else None,
+        settings=settings,
         report=report if summary else None,
     )
     runs = course.work(one)

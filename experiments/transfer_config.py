@@ -17,6 +17,8 @@ from avalanche_firn.experiments.schema_rules import (
     COSMETIC,
     LABEL,
     LABEL_HELP,
+    Folder,
+    Label,
     check_labels,
     check_seeds,
     digest_of,
@@ -40,7 +42,7 @@ class TransferExperiment(Section):
     """Networks pre-trained in several ways, each transferred with several optimizers."""
 
     experiment: Literal["transfer"] = Field(description="marks this kind of recipe")
-    name: str = Field(
+    name: Label = Field(
         pattern=LABEL,
         json_schema_extra=LABEL_HELP,
         description="folder of the experiment below output",
@@ -49,7 +51,7 @@ class TransferExperiment(Section):
     benchmark: str = Field(default="", description="one line for firn recipes ls: data, tasks, classes")
     cost: CostConfig | None = Field(default=None, description="what a run needs; null = not known")
     targets: list[TargetConfig] = Field(default_factory=list, description="figures that others report for it")
-    output: str = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
+    output: Folder = Field(default="runs", min_length=1, description="folder that holds the comparisons; our choice")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default=[0, 1, 2], min_length=1, description="one pre-training per method and seed; the released code: 3"
     )
@@ -62,7 +64,9 @@ class TransferExperiment(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32", description="of the pre-training; the transfer is fp32. The released code: fp32"
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of torch; null leaves torch's own choice"
+    )
     network: NetworkConfig = Field(default_factory=NetworkConfig, description="what is pre-trained")
     data: DataConfig = Field(description="classes to pre-train on and to transfer to")
     methods: list[PretrainingConfig] = Field(min_length=1, description="ways of pre-training")

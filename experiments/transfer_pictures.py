@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from avalanche_firn.evaluation.dynamics_result import Dynamics
-from avalanche_firn.evaluation.figures import FONT, MUTED, PALETTE, WIDTH, inked, new_figure, tidy, wrapped
+from avalanche_firn.evaluation.figures import FONT, MUTED, PALETTE, WIDTH, inked, new_figure, plain_texts, tidy, wrapped
 from avalanche_firn.evaluation.landscape import Landscape
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.report_dynamics import dynamics_pictures_of
@@ -54,6 +54,7 @@ def continual_curves(groups: Sequence[TransferGroup]) -> list[tuple[tuple[int, .
     return list(found.items())
 
 
+@plain_texts
 def effects_figure(groups: Sequence[TransferGroup]) -> Figure | None:
     """Bars of every group: interference to the right in red, synergy to the left in blue, as in the heat maps.
 

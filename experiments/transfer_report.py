@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from avalanche_firn.evaluation.statistics import paired_difference
+from avalanche_firn.experiments.escapes import csv_cell, one_line
 from avalanche_firn.experiments.report_figures import Drawing
 from avalanche_firn.experiments.report_files import write_files
 from avalanche_firn.experiments.report_parts import DataTable, Report, Section
@@ -61,7 +62,7 @@ def transfer_facts(groups: Sequence[TransferGroup], *, runs_folder: Path | Seque
         runs_folder: holds the runs; with it the share of the shock that recovery means is told and compared.
     """
     places = {} if runs_folder is None else run_folders_of(groups, runs_folder)
-    return _facts(groups, stored_configs(groups, places))
+    return [one_line(line) for line in _facts(groups, stored_configs(groups, places))]
 
 
 def _facts(groups: Sequence[TransferGroup], configs: Configs) -> list[str]:
@@ -243,7 +244,7 @@ def _csv(groups: Sequence[TransferGroup]) -> str:
             cells += [values[tag][row] for tag in tags]
             cells += [protocol["trials"], never[0] if never[1] else None, transfer["diverged"]]
             cells += [*(run["cost"].get(name) for name in cost), run["config_digest"]]
-            writer.writerow(["" if cell is None else cell for cell in cells])
+            writer.writerow(["" if cell is None else csv_cell(cell) for cell in cells])
     return text.getvalue()
 
 
@@ -273,12 +274,12 @@ def write_transfer_report(
         raise ValueError("groups: got none; accepted is at least one")
     places = run_folders_of(groups, runs_folder)
     report = _report(folder, groups, title, places, unfinished)
-    write_files(folder, report, _csv(groups))
     found = continual_curves(groups)
     tags = [f"continual/accuracy{f'/{i + 1}' if i else ''}" for i in range(len(found))]
     curves = {tag: curves for tag, (_, curves) in zip(tags, found, strict=True)}
     steps = {tag: points for tag, (points, _) in zip(tags, found, strict=True)}
-    write_transfer_dashboard(folder, groups, places, curves, steps=steps)
+    write_transfer_dashboard(folder, groups, places, curves, steps=steps)  # first: it reads files of the runs
+    write_files(folder, report, _csv(groups))
 
 
 def _report(

@@ -10,7 +10,7 @@ from typing import Any
 
 from avalanche_firn.evaluation.statistics import Interval, mean_interval
 from avalanche_firn.experiments.errors import ConfigError
-from avalanche_firn.experiments.recipe import parse
+from avalanche_firn.experiments.recipe import parse, read_recipe
 from avalanche_firn.experiments.results import FILE, files_below, group_runs, read_results
 
 __all__ = [
@@ -168,5 +168,22 @@ def stored_configs(groups: Iterable[TransferGroup], places: dict[str, Path]) -> 
         for run in group.runs:
             path = places.get(run["config_digest"], Path()) / "config.yaml"
             if group.digest not in found and run["config_digest"] in places and path.is_file():
-                found[group.digest] = parse(path.read_text(encoding="utf-8"), source=str(path))
+                found[group.digest] = _config(path)
     return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The plain values of a ``config.yaml``, with the parts that tables compare."""
+    raw = parse(read_recipe(path), source=str(path))
+    parts = raw if isinstance(raw, dict) else {}
+    transfer, methods, dynamics = parts.get("transfer"), parts.get("methods"), parts.get("dynamics")
+    optimizers = transfer.get("optimizers") if isinstance(transfer, dict) else None
+    good = isinstance(optimizers, list) and all(isinstance(one, dict) and "label" in one for one in optimizers)
+    own = methods[0] if isinstance(methods, list) and len(methods) == 1 else None
+    good = good and isinstance(own, dict) and isinstance(own.get("strategy"), str)
+    if dynamics is not None:
+        share = dynamics.get("recovery_fraction") if isinstance(dynamics, dict) else None
+        good = good and isinstance(share, int | float) and not isinstance(share, bool)
+    if not good:
+        raise ConfigError(f"{path} isn't the configuration of a run of a transfer experiment")
+    return parts

@@ -5,6 +5,7 @@ An interrupted pre-training resumes exactly; the transfers, minutes at most, sta
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +20,22 @@ from avalanche_firn.experiments.environment import describe_environment, resolve
 from avalanche_firn.experiments.pretraining import pretrain
 from avalanche_firn.experiments.recipe import dump
 from avalanche_firn.experiments.results import FILE, FORMAT, RunResults, read_results, write_json, write_text
+from avalanche_firn.experiments.resume_settings import declared, given
+from avalanche_firn.experiments.run_folders import claimed
+from avalanche_firn.experiments.run_stops import Standing, told_stops
 from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 from avalanche_firn.experiments.transfer_data import TransferData
 from avalanche_firn.experiments.transfer_protocols import FIGURES, Transfers, number, run_transfers, transfer_figures
 from avalanche_firn.experiments.transfer_sections import TransferOptimizerConfig
+from avalanche_firn.plugins.checkpoint_files import checkpoints
+from avalanche_firn.plugins.event_files import quiet_writers
+from avalanche_firn.plugins.storage_stop import writing
 from avalanche_firn.strategies.transfer import TransferResult
 
 __all__ = ["FIGURES", "dynamics_file", "run"]
+
+_SUFFIX = ".transfer"  # of the event file that is written at the end
 
 
 def dynamics_file(folder: Path, optimizer: str) -> Path:
@@ -71,8 +80,11 @@ def run(
     quiet: bool = False,
     say: Callable[[str], None] | None = print,
     watch: RunWatch | None = None,
+    running: TransferExperiment | None = None,
 ) -> dict[str, Any]:
     """Pre-train with one method and seed and transfer with all optimizers, or read what is finished.
+
+    One process at a time works on the folder: it is locked before anything is written.
 
     Args:
         config: with one method and one seed.
@@ -80,24 +92,41 @@ def run(
         data: see :func:`~avalanche_firn.experiments.transfer_data.build_data`.
         quiet: no progress bar of the pre-training, no line per transfer. say: takes the lines; None for silence.
         watch: told of the pre-training and of every transfer, and draws the bars, in the place of `quiet` and `say`.
+        running: how the run goes on, where that differs from `config`, which stays what the run is.
 
     Returns:
         The content of ``results.json``.
+
+    Raises:
+        CheckpointError: another process works on the folder, or its checkpoints can't be used.
+        RunError: memory or disk end the run, or numbers that aren't finite; its last checkpoint is kept.
     """
     done = read_results(folder)
     if done is not None:
         return done
-    start = time.perf_counter()
+    running = config if running is None else running
+    settings = tuple(f"{key}={json.dumps(value)}" for key, value in given(config, running).items())
+    standing = Standing(running, folder, settings)
+    watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
+    with told_stops(standing), claimed(folder), quiet_writers():
+        done = read_results(folder)  # another process may have finished it in the meantime
+        return done if done is not None else _run(config, running, standing, data, watch)
+
+
+def _run(
+    own: TransferExperiment, config: TransferExperiment, standing: Standing, data: TransferData, watch: RunWatch
+) -> dict[str, Any]:
+    """The run itself. `own`: what it is. `config`: how it computes now."""
+    start, folder = time.perf_counter(), standing.folder
     method, seed = config.methods[0], config.seeds[0]
-    device = resolve_device(config.device)
+    standing.device = device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_everything(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", dump(config))
-    write_json(folder / "environment.json", describe_environment(device))
-    watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
-    model, held_out = pretrain(config, data, folder, device, bar=watch.bars)
+    environment = _record(own, config, folder, device)
+    model, held_out = pretrain(
+        own.model_copy(update={"checkpoint": config.checkpoint}), data, folder, device, bar=watch.bars
+    )
     trained = time.perf_counter() - start
     watch.pretrained({f"pretraining/{name}": value for name, value in held_out.items()}, trained)
     optimizers: dict[str, Any] = {}
@@ -108,9 +137,11 @@ def run(
         optimizers[section.label] = _described(transfers, section)
         pictures.append((section.label, transfers))
         if transfers.dynamics is not None:
-            write_json(dynamics_file(folder, section.label), transfers.dynamics.to_dict())
+            with writing("losses of single tasks", dynamics_file(folder, section.label)):
+                write_json(dynamics_file(folder, section.label), transfers.dynamics.to_dict())
         if transfers.landscape is not None:
-            transfers.landscape.save(folder / f"landscape-{section.label}")
+            with writing("a loss landscape", folder / f"landscape-{section.label}"):
+                transfers.landscape.save(folder / f"landscape-{section.label}")
         now = time.perf_counter()
         count = len(config.transfer.optimizers) / len(optimizers)
         whole = trained + (now - start - trained) * count  # as if the others took as long
@@ -123,8 +154,8 @@ def run(
         "method": method.name,
         "strategy": method.strategy,
         "seed": seed,
-        "config_digest": config.digest(),
-        "group_digest": config.digest(seeds=False),
+        "config_digest": own.digest(),
+        "group_digest": own.digest(seeds=False),
         "data": {"source": config.data.name, "fingerprint": data.fingerprint, "description": str(data)},
         "network": {"name": config.network.name, "parameters": sum(p.numel() for p in model.parameters())},
         "protocol": {
@@ -146,9 +177,29 @@ def run(
             "threads": torch.get_num_threads(),
         },
     }
-    _log(config, folder, results, pictures)
-    write_json(folder / FILE, results)
+    if resumed_with := declared(environment):
+        results["performance"] = {"resumed_with": resumed_with}
+    _log(own, folder, results, pictures)
+    with writing("the results of a run", folder / FILE):
+        write_json(folder / FILE, results)
     return RunResults(results, folder)
+
+
+def _record(own: TransferExperiment, config: TransferExperiment, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Write config.yaml and environment.json, and give what stands in the latter."""
+    with writing("the settings of a run", folder / "config.yaml"):
+        write_text(folder / "config.yaml", dump(own))
+    environment, path = describe_environment(device), folder / "environment.json"
+    changed = given(own, config)
+    if changed:
+        found = checkpoints(folder / "checkpoint")
+        environment |= {"from": found[0].name if found else "start", "settings": changed}
+    if path.is_file():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        environment = first | {"resumed_in": [*first.get("resumed_in", []), environment]}
+    with writing("the environment of a run", path):
+        write_json(path, environment)
+    return environment
 
 
 def _chosen_on(config: TransferExperiment) -> str:
@@ -163,7 +214,9 @@ def _log(
 ) -> None:
     """Curves, figures and pictures for TensorBoard, all at once at the end."""
     figures: dict[str, float | None] = {}
-    with SummaryWriter(str(folder), filename_suffix=".transfer") as writer:
+    for path in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):  # of an attempt that broke off here
+        path.unlink()
+    with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as writer:
         log_text_config(writer, dump(config))
         for label, transfers in pictures:
             described = results["optimizers"][label]

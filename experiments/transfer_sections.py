@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
-from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP
+from avalanche_firn.experiments.schema_rules import LABEL, LABEL_HELP, Label, repeated
+from avalanche_firn.experiments.section_base import Arguments
 from avalanche_firn.experiments.sections import OptimizerConfig, Rate, Section
 
 __all__ = [
@@ -38,7 +39,7 @@ class NetworkConfig(Section):
     name: str = Field(
         default="convnet_28", min_length=1, description="a timm model; the papers' are convnet_28 and _84"
     )
-    arguments: dict[str, Any] = Field(
+    arguments: Arguments = Field(
         default_factory=dict, description="for timm.create_model, such as width (256 in the released code)"
     )
     outputs: int | None = Field(
@@ -122,9 +123,8 @@ class DigitClassesConfig(_ClassData):
     @model_validator(mode="after")
     def _disjoint(self) -> DigitClassesConfig:
         parts = [*self.pretrain, *self.validation, *self.transfer]
-        repeated = sorted({d for d in parts if parts.count(d) > 1})
-        if repeated:
-            reject([("transfer", f"the digits {repeated} are in two parts or given twice", "every digit at most once")])
+        if twice := repeated(parts):
+            reject([("transfer", f"the digits {twice} are in two parts or given twice", "every digit at most once")])
         return self
 
 
@@ -136,7 +136,7 @@ DataConfig = Annotated[
 class _Pretraining(Section):
     """A way of pre-training; its label names its folder and its rows."""
 
-    name: str = Field(
+    name: Label = Field(
         pattern=LABEL,
         json_schema_extra=LABEL_HELP,
         description="unique label: folder and table row. Default: the strategy's name",
@@ -206,7 +206,7 @@ PretrainingConfig = Annotated[UntrainedConfig | IidConfig | ASBConfig | MetaASBC
 class TransferOptimizerConfig(Section):
     """An optimizer of the transfer, with the rates that are tried."""
 
-    label: str = Field(pattern=LABEL, description="unique; in tables and tags")
+    label: Label = Field(pattern=LABEL, json_schema_extra=LABEL_HELP, description="unique; in tables and tags")
     name: Literal["sgd", "adam", "adamw"] = Field(description="the released code: Adam")
     rates: list[Rate] = Field(min_length=1, description="tried on validation classes; one rate is simply taken")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="SGD only; our choice: none")
@@ -217,9 +217,8 @@ class TransferOptimizerConfig(Section):
         problems = []
         if self.momentum and self.name != "sgd":
             problems.append(("momentum", f"{self.momentum} is set, but {self.name} has no momentum", "0, or name: sgd"))
-        repeated = sorted({rate for rate in self.rates if self.rates.count(rate) > 1})
-        if repeated:
-            problems.append(("rates", f"the rates {repeated} are repeated", "every rate once"))
+        if twice := repeated(self.rates):
+            problems.append(("rates", f"the rates {twice} are repeated", "every rate once"))
         reject(problems)
         return self
 
@@ -253,8 +252,8 @@ class TransferConfig(Section):
     @model_validator(mode="after")
     def _unique(self) -> TransferConfig:
         labels = [optimizer.label for optimizer in self.optimizers]
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        reject([("optimizers", f"the labels {repeated} are repeated", "every label once")] if repeated else [])
+        twice = repeated(label.lower() for label in labels)  # capitals make no other file everywhere
+        reject([("optimizers", f"the labels {twice} are repeated", "every label once")] if twice else [])
         return self
 
 

@@ -9,6 +9,8 @@ something was last written. Nothing is locked or changed. Costs one look at the 
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError
-from avalanche_firn.experiments.recipe import load_experiment, parse
+from avalanche_firn.experiments.recipe import load_experiment, parse, read_recipe
 from avalanche_firn.experiments.results import FILE, files_below
 from avalanche_firn.experiments.stream_sections import DomainFolderStreamConfig
 from avalanche_firn.experiments.task_plan import plan_tasks
@@ -30,6 +32,8 @@ _OVER_TASKS = (
     "efficiency/seconds", "efficiency/peak-memory-MiB", "efficiency/trainable-parameters",
 )  # fmt: skip
 _FROM_ONE = "lorac/task-inference"  # written over the number of tasks, which is the index plus one
+_STEP = re.compile(r"[0-9]{1,15}")
+_TASKS = 100_000  # more than any stream has: a step beyond is a damaged line
 _VALIDATION = "validation/"  # before the tags of a run on the validation split, and not in its results.json
 
 
@@ -99,7 +103,7 @@ def _identity(file: Path) -> tuple[str, str, int, str, int | None]:
     try:
         config = load_experiment(file)
     except ConfigError:  # written by another version: what it is called can be read all the same
-        raw: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = parse(read_recipe(file))
         (method,), (seed,) = raw["methods"], raw["seeds"]
         return str(method.get("name") or method["strategy"]), str(method["strategy"]), int(seed), "", None
     (method,), (seed,) = config.methods, config.seeds
@@ -123,17 +127,21 @@ def _tasks(config: Config) -> int | None:
 def _rows(file: Path) -> Iterator[tuple[int, str, float]]:
     """Complete lines of a ``metrics.csv`` that may be growing."""
     try:
+        if not file.is_file():  # a pipe would be waited for
+            return
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     whole = text[: text.rfind("\n") + 1]  # the last line may be half
-    for row in csv.reader(whole.splitlines()[1:]):
-        if len(row) != 3:
-            continue
-        try:
-            yield int(row[0]), row[1], float(row[2])
-        except ValueError:
-            continue
+    try:
+        for row in csv.reader(whole.splitlines()[1:]):
+            if len(row) == 3 and _STEP.fullmatch(row[0]) and "_" not in row[2]:
+                try:
+                    yield int(row[0]), row[1], float(row[2])
+                except ValueError:
+                    continue
+    except csv.Error:  # what comes after isn't lines of three values
+        return
 
 
 def _curves(file: Path) -> tuple[dict[str, list[float | None]], int]:
@@ -143,9 +151,9 @@ def _curves(file: Path) -> tuple[dict[str, list[float | None]], int]:
     for step, tag, value in _rows(file):
         tag = tag.removeprefix(_VALIDATION)
         step -= tag == _FROM_ONE
-        if step >= 0 and tag.startswith(_OVER_TASKS):
+        if 0 <= step < _TASKS and tag.startswith(_OVER_TASKS) and math.isfinite(value):
             points.setdefault(tag, {})[step] = value  # a resumed run may have written a step again
-        if tag == "accuracy/last":
+        if tag == "accuracy/last" and step < _TASKS:
             done = max(done, step + 1)
     return {tag: [at.get(k) for k in range(max(at) + 1)] for tag, at in points.items() if max(at) <= done}, done
 

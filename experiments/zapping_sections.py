@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from avalanche_firn.experiments.errors import reject
+from avalanche_firn.experiments.section_base import Section
 
 __all__ = ["TaskDynamicsConfig", "ZappingConfig"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ZappingConfig(_Section):
+class ZappingConfig(Section):
     """Rows of the classifier redrawn while training; ZappingPlugin explains every option."""
 
     scope: Literal["experience", "new", "all", "random"] = Field(
@@ -54,7 +51,7 @@ class ZappingConfig(_Section):
         return self
 
 
-class TaskDynamicsConfig(_Section):
+class TaskDynamicsConfig(Section):
     """Loss of every task on a few of its evaluated images, while all tasks are trained."""
 
     every: Annotated[int, Field(ge=1)] | Literal["experience"] = Field(

@@ -9,7 +9,6 @@ Cost: one construction, one forward pass of a single image to measure the featur
 import difflib
 import hashlib
 import logging
-import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_model_data_config
@@ -26,14 +23,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from avalanche_firn.models import convnets, resnet_firn, vit_firn  # registers our architectures with timm
+from avalanche_firn.models.weight_files import WeightsError, first_names, misfits, non_finite, read_weights
 
 __all__ = ["Backbone", "WeightsError", "list_backbones", "load_backbone", "renew_final_norm", "state_sha256"]
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-
-
-class WeightsError(ValueError):
-    """Weights were asked for and can't be had, or don't fit the architecture."""
 
 
 @dataclass(frozen=True)
@@ -242,39 +234,9 @@ def _from_timm(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
             f"({timm_kwargs or 'no further arguments'}): {' '.join(reports)[:1500]}"
         )
     module.reset_classifier(0)
+    if bad := non_finite(module.state_dict()):
+        raise WeightsError(f"the weights of {name!r} hold infinite or NaN values in {first_names(bad)}")
     return module
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weights file, by name. WeightsError where there are none."""
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"weights={str(path)!r}: a file that ends in one of {', '.join(SUFFIXES)} is expected")
-    if not path.is_file():
-        raise WeightsError(f"weights={str(path)!r}: no such file. pretrained=False gives random weights.")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"weights={str(path)!r} holds more than tensors and isn't unpickled, which could run code; convert it to "
-            f"safetensors where you trust it ({str(error).splitlines()[0]})"
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise WeightsError(f"weights={str(path)!r} can't be read, truncated or not a weights file: {error}") from error
-    for key in ("state_dict", "model"):  # what training scripts wrap a state dict in
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"weights={str(path)!r} holds no state dict, but {type(content).__name__}")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in ("_orig_mod.", "module."):  # torch.compile, data parallel
-        if all(k.startswith(prefix) for k in tensors):
-            tensors = {k[len(prefix) :]: v for k, v in tensors.items()}
-    if bad := [k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())]:
-        raise WeightsError(f"weights={str(path)!r} holds infinite or NaN values in {_first(bad)}")
-    return tensors
 
 
 def _classifier_prefixes(module: nn.Module) -> tuple[str, ...]:
@@ -285,13 +247,9 @@ def _classifier_prefixes(module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name if name.split('.')[0] in kept else name.split('.')[0]}." for name in names)
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
-
-
 def _from_file(name: str, path: Path, fresh_final_norm: bool, timm_kwargs: dict[str, Any]) -> nn.Module:
     """Architecture ``name`` with the tensors of a file, each of them checked."""
-    given = _read(path)
+    given = read_weights(path)
     module = _create(name, num_classes=0, **timm_kwargs)
     # The converter of the architecture, where timm has one: other key styles, position embeddings of another grid.
     converter = getattr(sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__], "checkpoint_filter_fn", None)
@@ -301,27 +259,14 @@ def _from_file(name: str, path: Path, fresh_final_norm: bool, timm_kwargs: dict[
         except Exception as error:  # a file of another architecture can break it anywhere
             raise WeightsError(
                 f"weights={str(path)!r} is no checkpoint of {name!r}: its keys begin with "
-                f"{_first(sorted(given))} ({type(error).__name__}: {error})"
+                f"{first_names(sorted(given))} ({type(error).__name__}: {error})"
             ) from error
     expected = module.state_dict()
     classifier = _classifier_prefixes(module)
     given = {k: v for k, v in given.items() if k in expected or not k.startswith(classifier)}
     ignored = tuple(f"{c}." for c, _ in _final_norms(module)) if fresh_final_norm else ()
-    missing = [
-        k for k in expected if k not in given and not k.endswith("num_batches_tracked") and not k.startswith(ignored)
-    ]
-    unexpected = [k for k in given if k not in expected]
-    shapes = [
-        f"{k} {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in given.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    if missing or unexpected or shapes:
-        found = [
-            f"{label} {len(keys)} ({_first(keys)})"
-            for label, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-            if keys
-        ]
+    optional = [k for k in expected if k.endswith("num_batches_tracked") or k.startswith(ignored)]
+    if found := misfits(given, expected, optional):
         raise WeightsError(
             f"weights={str(path)!r} doesn't fit {name!r}: expected {len(expected)} tensors, found {len(given)}; "
             + "; ".join(found)

@@ -93,6 +93,7 @@ class TaskwiseLinearHead(DynamicModule):
         if self.freeze_old:
             for old in (*self.weights, *self.biases):
                 old.requires_grad_(False)
+                old.grad = None  # a view into the gradient of all layers together, which it would keep in memory
         like = self.input_scales  # follows the device and dtype that the model was moved to
         self.weights.append(nn.Parameter(like.new_zeros(len(ids), self.in_features)))
         self.biases.append(nn.Parameter(like.new_zeros(len(ids))))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from avalanche_firn.models.finite_values import NonFiniteValues
+
 __all__ = ["least_squares_head"]
 
 
@@ -27,7 +29,7 @@ def least_squares_head(features: Tensor, labels: Tensor, outputs: int) -> tuple[
         raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}; 0 to {outputs - 1} is accepted")
     matrix = F.pad(features.detach().to("cpu", torch.float64), (0, 1), value=1.0)
     if not bool(matrix.isfinite().all()):
-        raise ValueError("features hold NaN or infinite values; finite ones are accepted")
+        raise NonFiniteValues("features hold NaN or infinite values; finite ones are accepted")
     targets = F.one_hot(labels.cpu(), outputs).double()
     solution = torch.linalg.lstsq(matrix, targets, driver="gelsd").solution.to(features)
     return solution[:-1].T.contiguous(), solution[-1].contiguous()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.models.probe_rows import (
     binary_rows,
     c_path,
@@ -155,7 +156,7 @@ def solve_linear_probe(
         gives a zero head and ridge weight 0 and bias 1.
 
     Raises:
-        ValueError: any argument outside what is described here.
+        ValueError: any argument outside what is described here; as NonFiniteValues, where numbers aren't finite.
         FloatingPointError: SGD diverged.
     """
     options = SolverOptions(max_iter, generator, bias, lr, epochs, batch_size, momentum)
@@ -196,6 +197,8 @@ def _solve(
         fit, rows = problem.solver(solver, options)(penalty), int(labels.max()) + 1
     weight, bias = pad_rows(*problem.fold_back(fit), problem.present, num_classes or rows)
     objective = problem.objective(fit, penalty, solver)
+    if not math.isfinite(objective):
+        raise NonFiniteValues(f"the linear probe (solver {solver!r}, l2 {penalty:g}) ended with objective {objective}")
     return ProbeSolution(
         *(weight.to(dtype), bias.to(dtype), penalty, objective, fit.iterations, fit.converged, accuracy, path)
     )

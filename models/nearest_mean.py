@@ -58,8 +58,7 @@ class NearestMeanHead(NCMClassifier):
 
     def adaptation(self, experience: Any) -> None:
         """Avalanche's hook: the output gets a column for every class of the experience, and nothing else changes."""
-        classes = (int(c) for c in experience.classes_in_this_experience)
-        self.max_class = max(self.max_class, *classes)
+        self.max_class = max([self.max_class, *map(int, experience.classes_in_this_experience)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the means of the state, however many there are."""

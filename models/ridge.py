@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
+
 _ILL_CONDITIONED = 1e-5  # below this ratio of eigenvalues a Gram matrix costs more than five digits: use the SVD
 
 
@@ -49,7 +51,7 @@ def fit_least_squares(
         raise ValueError(f"l2: got {l2}; accepted are finite numbers >= 0")
     x, y = features.detach().double(), targets.detach().double()
     if not bool(x.isfinite().all()) or not bool(y.isfinite().all()):
-        raise ValueError("features or targets: NaN or infinity among the values; accepted are finite ones")
+        raise NonFiniteValues("features or targets: NaN or infinity among the values; accepted are finite ones")
     offset, mean = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
     weight = ridge_solver(x - offset, y, bias)(l2)
     return weight.to(features.dtype), (mean - weight @ offset).to(features.dtype)
@@ -233,7 +235,7 @@ def check_rows(features: Tensor, labels: Tensor, name: str = "") -> None:
     finite = features.isfinite().all()
     lowest = labels.min()
     if not bool(finite):
-        raise ValueError(f"{name}features: got NaN or infinite values; accepted are finite numbers")
+        raise NonFiniteValues(f"{name}features: got NaN or infinite values; accepted are finite numbers")
     if int(lowest) < 0:
         raise ValueError(f"{name}labels: got {int(lowest)}; accepted are class ids >= 0")
 

@@ -21,6 +21,7 @@ from avalanche_firn.plugins.contrastive_distillation import (
 )
 from avalanche_firn.plugins.critical_parameters import ImportanceTracker, ImportantParameterPlugin, select_critical
 from avalanche_firn.plugins.fast_path import FastPathPlugin
+from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
 from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.losses import (
@@ -48,6 +49,7 @@ __all__ = [
     "ContrastiveDistillationPlugin",
     "ExactCheckpointPlugin",
     "FastPathPlugin",
+    "FiniteGuardPlugin",
     "FreshOptimizerPlugin",
     "GradientAccumulationPlugin",
     "ImportanceTracker",

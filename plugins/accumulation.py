@@ -147,7 +147,10 @@ class GradientAccumulationPlugin(SupervisedPlugin, supports_distributed=False): 
 
     # ----------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """The setting, which must not change within a run; groups are complete when this is called."""
+        """The setting; groups are complete when this is called.
+
+        A checkpoint made with other ``steps`` is translated before it is loaded, if a step has the same images.
+        """
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avalanche_firn.plugins.experience_classes import experience_classes
+from avalanche_firn.plugins.finite_words import listed, nonfinite_stop
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,7 @@ class ResumableEWCPlugin(EWCPlugin):
     :param decay_factor: of the earlier importances, online only, where it is needed.
     :param keep_importance_data: online only: keep the values of all experiences (nothing reads them).
     :raises ValueError: settings out of range or that do not fit.
+    :raises NonFiniteError: importances that aren't finite, by parameter.
     """
 
     def __init__(
@@ -84,6 +86,12 @@ class ResumableEWCPlugin(EWCPlugin):
         """Measure the importances, and remember the parameters."""
         with autocast_of(strategy, gradients=True):
             super().after_training_exp(strategy, **kwargs)
+        found = self.importances[strategy.clock.train_exp_counter]
+        finite = torch.stack([importance.data.sum() for importance in found.values()]).isfinite()
+        if not bool(finite.all()):
+            wrong = [name for name, fine in zip(found, finite.tolist(), strict=True) if not fine]
+            what = f"that of {len(wrong)} of {len(found)} parameters isn't finite ({listed(wrong)})"
+            raise nonfinite_stop(strategy, "the importances of EWC", what, "A smaller rate, or fp32, usually helps.")
 
     @torch.no_grad()
     def update_importances(self, importances: dict[str, ParamData], t: int) -> None:

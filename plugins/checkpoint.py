@@ -15,6 +15,18 @@ began with; the batches that were used are loaded again and dropped, which bring
 they were; then model, optimizer, plugins, metrics, clock and random generators are set. A plugin whose opening hooks
 depend on the task takes it from ``strategy.clock`` or the experience, which are right then. Run the script as before.
 
+What may differ when a run goes on, and what is said then:
+
+* Another configuration (fingerprint, classes of plugins and metrics, sizes, shapes, precision) or format is refused.
+* Versions, device, threads, and the precision that ``auto`` gives there: a warning; results may differ in the last
+  bits. Generators of CUDA devices that aren't there are left out.
+* Mini-batches per optimizer step, with the same images per step (:mod:`~avalanche_firn.plugins.recut`): a warning;
+  results differ by rounding.
+* Damaged checkpoints: a warning, and the one before is used. All damaged: refused, see ``allow_fresh``.
+
+What can't be written raises :class:`~avalanche_firn.plugins.run_errors.StorageError` and leaves the checkpoints before
+as they were.
+
 Cost: about 6 microseconds per iteration, and per save the bytes of model, optimizer and plugins, written and hashed.
 Gradients that are accumulated over mini-batches are not saved: a checkpoint waits for the step that they are for. Not
 covered: distributed training, gradients carried over in other ways, loggers with a memory of their own.
@@ -22,6 +34,7 @@ covered: distributed training, gradients carried over in other ways, loggers wit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,31 +46,35 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 
 from avalanche_firn.plugins.accumulation import inside_group
+from avalanche_firn.plugins.checkpoint_errors import CheckpointError
 from avalanche_firn.plugins.checkpoint_files import (
-    CheckpointError,
     checkpoints,
     clean,
     cut_back,
-    lock_directory,
     measure,
     newest_valid,
     set_aside,
-    unlock_directory,
     write_checkpoint,
 )
+from avalanche_firn.plugins.checkpoint_fit import fitted
+from avalanche_firn.plugins.event_files import after
+from avalanche_firn.plugins.folder_lock import lock_directory, unlock_directory
 from avalanche_firn.plugins.loader_replay import LoaderReplay
+from avalanche_firn.plugins.memory_stop import is_out_of_memory
 from avalanche_firn.plugins.model_state import check_growth
 from avalanche_firn.plugins.plain_state import from_plain, to_plain
 from avalanche_firn.plugins.random_state import capture_random_state, restore_random_state
+from avalanche_firn.plugins.run_errors import RunError
+from avalanche_firn.plugins.storage_stop import writing
 from avalanche_firn.plugins.strategy_state import (
     capture_strategy,
     check_strategy,
     close_writers,
     environment,
     flush_loggers,
+    reopen_writers,
     restore_strategy,
     structure,
-    structure_differences,
     unmatched_writers,
     verify_plugins,
 )
@@ -133,6 +150,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             already, see :meth:`is_trained`.
         :raises ValueError: the strategy holds something that can't be saved exactly (named), or (``CheckpointError``)
             the checkpoint was made by another configuration, the directory is in use, no checkpoint is intact.
+        :raises StorageError: the directory, or the first checkpoint, can't be written.
         :raises RuntimeError: called twice, or after training has begun.
         """
         if self._strategy is not None:
@@ -151,11 +169,13 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         for folder in unmatched_writers(strategy, self.append_only):
             text = f"no pattern of append_only covers the event files in {folder}: resuming repeats events there"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with writing("the folder of checkpoints", self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         lock_directory(self.directory, self, self._revoke)
         clean(self.directory)
         try:
-            found = self._find(strategy, allow_fresh)
+            with writing("what a run appends to, cut back to its last checkpoint", self.directory.parent):
+                found = self._find(strategy, allow_fresh)
         except BaseException:
             unlock_directory(self.directory, self)
             raise
@@ -164,7 +184,8 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             self._next_save = self.every
             self._save("start")
             return 0
-        return self._enter(found)
+        with self._restoring():
+            return self._enter(found)
 
     def is_trained(self, experience: Any) -> bool:
         """Whether the resumed run had finished training on this experience, so that ``train`` must be left out.
@@ -180,6 +201,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         For loggers that read or overwrite what is there. Without a checkpoint nothing happens.
 
         :raises CheckpointError: another process uses the directory, or a file is shorter than recorded.
+        :raises StorageError: a file can't be cut back.
         """
         folder = Path(directory).absolute()
         if not checkpoints(folder):
@@ -192,7 +214,8 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             except CheckpointError:
                 return
         if found is not None:
-            cut_back(folder, _absolute(append_only), found[1]["append_only"])
+            with writing("what a run appends to, cut back to its last checkpoint", folder.parent):
+                cut_back(folder, _absolute(append_only), found[1]["append_only"])
 
     def close(self) -> None:
         """Give the directory back to other processes; nothing is saved from here on."""
@@ -218,7 +241,10 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         done = self._pending["epoch"]
         strategy.train_epochs = self._train_epochs - done
         strategy.clock.train_exp_epochs = done
-        strategy.clock.train_exp_iterations = self._pending["strategy"]["clock"]["train_exp_iterations"]
+        clock = self._pending["strategy"]["clock"]
+        if "recut" in self._pending:
+            clock["train_exp_iterations"] = done * len(strategy.dataloader) + clock["train_epoch_iterations"]
+        strategy.clock.train_exp_iterations = clock["train_exp_iterations"]
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Put the recording loader in place."""
@@ -259,8 +285,12 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         except TypeError:
             length = 0  # unknown: checkpoints at the start of epochs only
         if self._pending is not None:
-            self._replay.repeat(loader, from_plain(self._pending["loader"]))
-            self._complete(strategy)
+            with self._restoring():
+                recorded = from_plain(self._pending["loader"])
+            with self._restoring(loading=True):
+                self._replay.repeat(loader, recorded, sizes=self._pending.get("recut"))
+            with self._restoring():
+                self._complete(strategy)
         else:
             self._replay.begin(loader)
             if clock.train_iterations >= self._next_save:
@@ -279,8 +309,13 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         if self._stopped:
             raise RuntimeError(f"ExactCheckpointPlugin for {self.directory} can't save: {self._stopped}")
         strategy = self._strategy
+        for plugin in strategy.plugins:  # a guard may find that this state must not replace the one before
+            if (check := getattr(plugin, "before_checkpoint", None)) is not None:
+                check(strategy)
         check_growth(strategy.model, self._structure["parameters"])
-        flush_loggers(strategy)
+        with writing("what a run appends to", self.directory.parent):
+            flush_loggers(strategy)
+            grown = measure(self.directory, self.append_only)
         inside = kind == "inside"
         experience = None if kind == "start" else strategy.experience
         state = {
@@ -292,7 +327,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             "fingerprint": self.fingerprint,
             "structure": self._structure,
             "environment": environment(strategy),
-            "append_only": measure(self.directory, self.append_only),
+            "append_only": grown,
             "rebuilt": self._rebuilt,
             "loader": to_plain(self._replay.state()) if inside else None,
             "random": to_plain(capture_random_state()),
@@ -300,7 +335,8 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         }
         iterations = strategy.clock.train_iterations
         name = f"step-{iterations:09d}" + ("-end" if kind == "end" else "")
-        write_checkpoint(self.directory, name, state, keep=self.keep)
+        with writing("a checkpoint", self.directory / name):
+            write_checkpoint(self.directory, name, state, keep=self.keep)
         if self.every > 0:
             self._next_save = (iterations // self.every + 1) * self.every
 
@@ -323,26 +359,32 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         if found is None:
             return None
         path, state, damaged = found
-        self._check(path, state, environment(strategy))
+        state = fitted(path, state, strategy, structure=self._structure, fingerprint=self.fingerprint)
         if self.append_only:
             close_writers(strategy)
         cut_back(self.directory, self.append_only, state["append_only"])
+        if self.append_only:
+            with after(Path(name) for name in state["append_only"]):
+                reopen_writers(strategy)
         for newer in damaged:
             set_aside(newer)
         return state
 
-    def _check(self, path: Path, state: dict[str, Any], here: dict[str, str]) -> None:
-        if state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{path} was made with fingerprint {state['fingerprint']!r}, this run has {self.fingerprint!r}"
-            )
-        lines = structure_differences(state["structure"], self._structure)
-        if lines:
-            raise CheckpointError(f"{path} was made by another strategy:\n  " + "\n  ".join(lines))
-        changed = [f"{k} {v} -> {here[k]}" for k, v in state["environment"].items() if v != here.get(k)]
-        if changed:
-            text = f"resuming in another environment ({', '.join(changed)}): results may differ in the last bits"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+    @contextlib.contextmanager
+    def _restoring(self, *, loading: bool = False) -> Iterator[None]:
+        """Half a state is never trained on: after an error the strategy is one that was never resumed.
+
+        :param loading: images are loaded inside, whose errors aren't those of a checkpoint.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._strategy, self._stopped = None, "its checkpoint couldn't be restored"
+            known = isinstance(error, (CheckpointError, RunError)) or is_out_of_memory(error)
+            if loading or known or not isinstance(error, Exception):
+                raise
+            text = f"the checkpoint in {self.directory} can't be restored: {type(error).__name__}: {error}"
+            raise CheckpointError(text) from error
 
     def _enter(self, state: dict[str, Any]) -> int:
         """Set all that can be set now; the rest waits for the interrupted experience to be opened again."""
@@ -364,7 +406,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         elif state["kind"] == "end":
             self._trained = state["experience"]
             done -= 1
-        restore_random_state(from_plain(state["random"]))
+        restore_random_state(from_plain(state["random"]), strict=False)
         return int(done)
 
     def _check_experience(self, strategy: Any, state: dict[str, Any]) -> None:
@@ -383,7 +425,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         restore_strategy(strategy, state["strategy"])
         verify_plugins(strategy, state["strategy"])
         strategy._stop_training = False
-        restore_random_state(from_plain(state["random"]))
+        restore_random_state(from_plain(state["random"]), strict=False)
 
 
 class _Loader:

@@ -2,9 +2,11 @@
 
 ``directory/step-000000400/{state.json, tensors.safetensors, SHA256SUMS}``; ``-end`` marks the end of an experience. A
 checkpoint is written to a hidden directory beside it, flushed to disk and renamed, so a name that starts with ``step-``
-is complete unless somebody changed it later: then it is refused by name and the previous one is used. Besides: the lock
-that keeps two processes apart, and files that are only appended to (event files, CSV), cut back to their length at a
-checkpoint. Cost: the bytes are written once and hashed once (about 1 GB/s) when saving, hashed once when resuming.
+is complete unless somebody changed it later: then it is refused by name and the previous one is used. Besides: files
+that are only appended to (event files, CSV), cut back to their length at a checkpoint. The lock that keeps two
+processes apart is in :mod:`~avalanche_firn.plugins.folder_lock`.
+
+Cost: the bytes are written once and hashed once (about 1 GB/s) when saving, hashed once when resuming.
 """
 
 from __future__ import annotations
@@ -15,21 +17,27 @@ import json
 import os
 import re
 import shutil
-import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: no protection against a second process there
-    fcntl = None  # type: ignore[assignment]
+from avalanche_firn.plugins.checkpoint_content import (
+    check_form,
+    check_run_state,
+    describe_tensors,
+    form_of,
+    load_tensors,
+    read_json,
+    references,
+    unflatten,
+)
+from avalanche_firn.plugins.checkpoint_errors import CheckpointError
+from avalanche_firn.plugins.folder_lock import lock_directory, unlock_directory
 
 FORMAT = 1
 _DTYPES = frozenset(
@@ -39,10 +47,6 @@ _DTYPES = frozenset(
 _NAME = re.compile(r"step-(\d+)(-end)?")
 _LONG = 32
 """Lists of numbers from this length on are stored as tensors: histories of metrics grow without bound."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint can't be used, or not with this strategy; the message says which file or which setting."""
 
 
 # ------------------------------------------------------- JSON and tensors apart
@@ -56,19 +60,6 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     views: dict[tuple[Any, ...], str] = {}
     return _flatten(state, "", tensors, views), _detached(tensors)
-
-
-def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The description that :func:`flatten` split."""
-    if isinstance(tree, list):
-        return [unflatten(v, tensors) for v in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "$tensor" in tree:
-        return tensors[tree["$tensor"]]
-    if "$numbers" in tree:
-        return tensors[tree["$numbers"]].tolist()
-    return {k: unflatten(v, tensors) for k, v in tree.items()}
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, Tensor], views: dict[tuple[Any, ...], str]) -> Any:
@@ -111,23 +102,32 @@ def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------ directories
 def write_checkpoint(directory: Path, name: str, state: Any, *, keep: int) -> Path:
-    """Write a checkpoint, then delete all but the ``keep`` newest. The name appears only once everything is on disk."""
+    """Write a checkpoint, then delete all but the ``keep`` newest. The name appears only once everything is on disk.
+
+    After an error nothing of it is left, and the checkpoints before it are as they were.
+    """
     tree, tensors = flatten(state)
     hidden = directory / f".new-{name}"
     shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    save_file(tensors, hidden / "tensors.safetensors")
-    text = json.dumps({"format": FORMAT, "state": tree}, allow_nan=False, separators=(",", ":"))
-    (hidden / "state.json").write_text(text, encoding="utf-8")
-    files = ("state.json", "tensors.safetensors")
-    sums = "".join(f"{_sha256(hidden / f)}  {f}\n" for f in files)
-    (hidden / "SHA256SUMS").write_text(sums, encoding="ascii")
-    for path in (*(hidden / f for f in (*files, "SHA256SUMS")), hidden):
-        sync(path)
-    target = directory / name
-    if target.exists():  # left over from a run that was rewound further
-        _remove(target)
-    hidden.rename(target)
+    try:
+        hidden.mkdir(parents=True)
+        save_file(tensors, hidden / "tensors.safetensors")
+        text = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+        head = {"format": FORMAT, "form": form_of(text), "tensors": describe_tensors(tensors)}
+        text = f'{json.dumps(head, separators=(",", ":"))[:-1]},"state":{text}}}'
+        (hidden / "state.json").write_text(text, encoding="utf-8")
+        files = ("state.json", "tensors.safetensors")
+        sums = "".join(f"{_sha256(hidden / f)}  {f}\n" for f in files)
+        (hidden / "SHA256SUMS").write_text(sums, encoding="ascii")
+        for path in (*(hidden / f for f in (*files, "SHA256SUMS")), hidden):
+            sync(path)
+        target = directory / name
+        if target.exists():  # left over from a run that was rewound further
+            _remove(target)
+        hidden.rename(target)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)  # on a full disk others need the room
+        raise
     sync(directory)
     for old in checkpoints(directory)[keep:]:
         _remove(old)
@@ -149,26 +149,50 @@ def read_checkpoint(path: Path, *, tensors: bool = True) -> Any:
     :param tensors: False reads the JSON alone (all files are verified in any case); tensors stay placeholders.
     :raises CheckpointError: a file is missing, truncated or edited, or of another format; the message names the file.
     """
-    sums = path / "SHA256SUMS"
+    sums, file = path / "SHA256SUMS", path / "state.json"
+    expected = _expected(sums)
+    for name, digest in expected.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing, or no file")
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} can't be read: {error}") from error
+        if found != digest:
+            raise CheckpointError(f"{path / name} is truncated or was changed: its SHA-256 is not the one in {sums}")
+    content = read_json(file)
+    if content.get("format") != FORMAT or isinstance(content["format"], bool):
+        raise CheckpointError(f"{file} has format {content.get('format')!r}; {FORMAT} is accepted")
+    check_form(file, content)
+    state = content.get("state")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds no state")
     try:
+        named = references(state)
+        if tensors:
+            state = unflatten(state, load_tensors(path / "tensors.safetensors", content.get("tensors"), named))
+        check_run_state(state)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} isn't the state of a run: {error}") from error
+    return state
+
+
+def _expected(sums: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint."""
+    try:
+        if not sums.is_file():  # a pipe would be waited for
+            raise FileNotFoundError("no such file")
+        if sums.stat().st_size > 4096:
+            raise ValueError("it is longer than two lines")
         lines = [line.split("  ", 1) for line in sums.read_text(encoding="ascii").splitlines()]
         expected = {name: digest for digest, name in lines}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{sums} is missing or unreadable ({error})") from error
-    if sorted(expected) != ["state.json", "tensors.safetensors"]:
+    if sorted(expected) != ["state.json", "tensors.safetensors"] or len(lines) != 2:
         raise CheckpointError(f"{sums} lists {sorted(expected)}; state.json and tensors.safetensors are needed")
-    for name, digest in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"{file} is truncated or was changed: its SHA-256 is not the one in {sums}")
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path / 'state.json'} has format {content.get('format')!r}; {FORMAT} is accepted")
-    if not tensors:
-        return content["state"]
-    return unflatten(content["state"], load_file(path / "tensors.safetensors"))
+    return expected
 
 
 def newest_valid(directory: Path, *, tensors: bool = True) -> tuple[Path, Any, list[Path]] | None:
@@ -235,45 +259,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------ lock
-_OWNERS: dict[Path, tuple[int, weakref.ref[Any], Callable[[], None]]] = {}
-
-
-def lock_directory(directory: Path, owner: Any, revoke: Callable[[], None]) -> None:
-    """Take a directory for ``owner``; the lock ends with the process, however it ends.
-
-    A second owner in the same process (a notebook cell that is run again) takes over and ``revoke`` of the first is
-    called. POSIX record locks: unlike ``flock`` they don't pass to data loader workers, which outlive a killed parent
-    for seconds.
-
-    :raises CheckpointError: another process holds it; the message gives its process id.
-    """
-    key = directory.resolve()
-    if key in _OWNERS:
-        handle, previous, stop = _OWNERS[key]
-        if previous() is not None and previous() is not owner:
-            stop()
-    else:
-        handle = os.open(key / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(handle, 32).decode(errors="replace").strip()
-            os.close(handle)
-            raise CheckpointError(f"{directory} is in use by another process (id {holder or 'unknown'})") from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-    _OWNERS[key] = (handle, weakref.ref(owner), revoke)
-
-
-def unlock_directory(directory: Path, owner: Any) -> None:
-    """Give a directory back, if ``owner`` holds it."""
-    key = directory.resolve()
-    if key in _OWNERS and _OWNERS[key][1]() is owner:
-        os.close(_OWNERS.pop(key)[0])
-
-
 # ------------------------------------------------------- files that only grow
 def measure(directory: Path, patterns: Sequence[str]) -> dict[str, int]:
     """Length in bytes of all files that match, flushed to disk; keys are paths relative to ``directory``."""
@@ -287,7 +272,7 @@ def measure(directory: Path, patterns: Sequence[str]) -> dict[str, int]:
 def cut_back(directory: Path, patterns: Sequence[str], sizes: dict[str, int]) -> None:
     """Bring all files that match to a recorded state: longer ones are cut, ones that came later are deleted.
 
-    Waits for the next second if an event file is of this one, so that the files that follow come after it.
+    Event files that follow have to come after these: see :mod:`~avalanche_firn.plugins.event_files`.
 
     :raises CheckpointError: a recorded file is missing or shorter than recorded; nothing has been changed then.
     """
@@ -309,10 +294,6 @@ def cut_back(directory: Path, patterns: Sequence[str], sizes: dict[str, int]) ->
         elif path.stat().st_size > recorded[path]:
             os.truncate(path, recorded[path])
             sync(path)
-    # TensorBoard reads event files in the order of their names, which begin with the second of their creation
-    seconds = [int(m[1]) for path in recorded if (m := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name))]
-    while int(time.time()) in seconds:
-        time.sleep(0.05)
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.plugins.feature_checks import check_features, check_jitter, fill_normal, to_float64
 
 _CHUNK = 16  # classes per product while sampling: keeps the extra memory small and in the cache
@@ -122,9 +123,7 @@ class ClassGaussians:
         if self.form == "low_rank" and n - 1 < d:
             factor, noise = _contrasts(centred), math.sqrt(jitter)
         else:
-            covariance = _covariance(centred)
-            covariance.diagonal().add_(jitter)
-            factor, noise = _upper_factor(covariance, class_id), 0.0
+            factor, noise = _sample_factor(centred, jitter, class_id), 0.0
         self._store(class_id, factor, mean, noise, features)
 
     def add_moments(self, class_id: int, mean: Tensor, covariance: Tensor, replace: bool = False) -> None:
@@ -285,7 +284,7 @@ class ClassGaussians:
         dtype = like.dtype if self._rows else self.dtype or default
         rows = torch.cat([factor, mean[None]]).to(device=like.device, dtype=dtype)
         if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"class {class_id}: the statistics overflow {dtype}")
+            raise NonFiniteValues(f"class {class_id}: the statistics overflow {dtype}")
         self._stacks.pop(len(rows), None)
         self._rows[class_id], self._noise[class_id] = rows, noise
 
@@ -339,6 +338,27 @@ def _contrasts(centred: Tensor) -> Tensor:
 
 def _covariance(centred: Tensor) -> Tensor:
     return centred.T @ centred / max(len(centred) - 1, 1)
+
+
+def _sample_factor(centred: Tensor, jitter: float, class_id: int) -> Tensor:
+    """U (d, d) upper triangular with U^T U = S + jitter I, S the covariance of centred rows (n, d); float64.
+
+    Features so large that the jitter is lost among their squares leave no positive definite matrix where some of them
+    depend on others. The factor is then that of the samples themselves, whose squares aren't taken (QR, 3 times the
+    time).
+    """
+    covariance = _covariance(centred)
+    covariance.diagonal().add_(jitter)
+    factor, info = torch.linalg.cholesky_ex(covariance, upper=True)
+    if int(info) == 0 and bool(torch.isfinite(factor).all()):
+        return factor
+    if jitter == 0 or not bool(torch.isfinite(covariance).all()):
+        return _upper_factor(covariance, class_id)  # says what is wrong
+    n, d = centred.shape
+    identity = torch.eye(d, dtype=centred.dtype, device=centred.device)
+    rows = torch.cat([centred / math.sqrt(max(n - 1, 1)), math.sqrt(jitter) * identity])
+    triangle = torch.linalg.qr(rows, mode="r").R
+    return triangle * triangle.diagonal().sign()[:, None]
 
 
 def _upper_factor(covariance: Tensor, class_id: int) -> Tensor:

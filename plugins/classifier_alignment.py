@@ -40,7 +40,10 @@ from avalanche_firn.plugins.alignment_math import (
 from avalanche_firn.plugins.class_statistics import ClassGaussians
 from avalanche_firn.plugins.cluster_gaussians import ClusterGaussians, cluster_batches
 from avalanche_firn.plugins.experience_classes import experience_classes, refuse_known_classes
+from avalanche_firn.plugins.finite_words import finite_or_stop, listed
 from avalanche_firn.plugins.random_state import derived_seed
+
+_STATISTICS_HELP = "A smaller rate of the backbone, or precision fp32 or bf16, usually helps."
 
 BatchSource = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 
@@ -214,8 +217,9 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             device=strategy.device,
             num_workers=self.num_workers,
         )
-        for class_id in experience_classes(strategy.experience):
-            self.gaussians.add(class_id, features[targets == class_id])
+        with finite_or_stop(strategy, "the statistics for classifier alignment", _STATISTICS_HELP):
+            for class_id in experience_classes(strategy.experience):
+                self.gaussians.add(class_id, features[targets == class_id])
         self.features = (features, targets)
         self._measured = self._pending = True
         if not self.lazy:
@@ -232,19 +236,21 @@ class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  
             head.snapshot()
         weight, bias = head.weight_matrix()
         losses: list[float] = []
-        aligned = align_classifier(
-            weight,
-            bias,
-            self._batches(head, task),
-            head.class_task,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            epochs=self.epochs,
-            temperature=self.temperature,
-            norm=self.norm,
-            on_epoch=lambda _, loss: losses.append(loss),
-        )
+        newest = head.known_classes[-len(head.weights[-1]) :]
+        with finite_or_stop(strategy, f"classifier alignment after task {task} (classes {listed(newest, 10)})"):
+            aligned = align_classifier(
+                weight,
+                bias,
+                self._batches(head, task),
+                head.class_task,
+                lr=self.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                epochs=self.epochs,
+                temperature=self.temperature,
+                norm=self.norm,
+                on_epoch=lambda _, loss: losses.append(loss),
+            )
         self._note(strategy, task, losses, weight, aligned[0])
         head.load_weight_matrix(*aligned)
         if self.scaling == "feature":

@@ -28,7 +28,9 @@ from avalanche_firn.benchmarks.augmentation import ContrastiveAugmentation
 from avalanche_firn.benchmarks.batches import loader_of
 from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.models.linear_rows import linear_rows
-from avalanche_firn.models.parts import ModelParts, evaluation_mode, find_parts
+from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts
+from avalanche_firn.plugins.feature_checks import check_by_class
+from avalanche_firn.plugins.finite_words import finite_or_stop, nonfinite_stop
 from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 from avalanche_firn.plugins.rehearsal import RehearsalSet, find_rehearsal
 from avalanche_firn.plugins.schedules import multistep
@@ -59,6 +61,7 @@ class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         training transform of the data set alone.
     :param seed: of initialisation, draws and augmentation. :param num_workers: loader processes.
     :raises ValueError: settings out of range; a classifier that is not linear.
+    :raises NonFiniteError: features or the loss aren't finite; the message names the classes.
     """
 
     def __init__(
@@ -177,16 +180,22 @@ class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # ty
             schedule.step()
         mean, accuracy = (torch.stack([total, hits]) / len(data)).tolist()
         if not np.isfinite(mean):
-            raise ValueError(
-                f"the loss of the classifier stage became {mean} after experience "
-                f"{strategy.experience.current_experience}, lr {self.lr:g}; a smaller lr or finite features are needed"
-            )
+            with finite_or_stop(strategy, "the classifier stage", "A smaller rate, fp32 or bf16 usually helps."):
+                check_by_class(*self._plain_features(strategy))
+            what = f"its loss became {mean} with lr {self.lr:g}, while the features are finite"
+            raise nonfinite_stop(strategy, "the classifier stage", what, "A smaller lr of the stage is needed.")
         with torch.no_grad():
             rows.write(layer.weight, layer.bias if rows.has_bias else like.new_zeros(len(classes)))
         return mean, accuracy
 
-    def _data(self, strategy: Any) -> RehearsalSet:
-        rehearsal, evaluation = find_rehearsal(strategy), self.views == "evaluation"
+    def _plain_features(self, strategy: Any) -> tuple[Tensor, Tensor]:
+        """Features and class ids of all its data under the evaluation transform."""
+        data, size = self._data(strategy, evaluation=True), strategy.eval_mb_size
+        return extract_features(strategy.model, data, batch_size=size, device=strategy.device)
+
+    def _data(self, strategy: Any, evaluation: bool | None = None) -> RehearsalSet:
+        rehearsal = find_rehearsal(strategy)
+        evaluation = self.views == "evaluation" if evaluation is None else evaluation
         if rehearsal is not None:
             return rehearsal.dataset(strategy.experience, evaluation=evaluation)
         replayed = [p.storage_policy.buffer for p in strategy.plugins if isinstance(p, ReplayPlugin)]

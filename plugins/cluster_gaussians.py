@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.plugins.alignment_math import Batches
 from avalanche_firn.plugins.clustering import cluster_labels
 from avalanche_firn.plugins.feature_checks import check_features, check_jitter, fill_normal, to_float64
@@ -186,7 +187,7 @@ class ClusterGaussians:
             raise ValueError(f"class {class_id}: feature size {means.shape[1]}, the other classes have {like.shape[2]}")
         rows = torch.stack([means, variances], 1).to(device=like.device, dtype=like.dtype)
         if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"class {class_id}: the statistics overflow {like.dtype}")
+            raise NonFiniteValues(f"class {class_id}: the statistics overflow {like.dtype}")
         varies = (rows[:, 1] != 0).any(1)
         self._rows[class_id] = rows[varies] if bool(varies.any()) else rows[:1].clone()
 

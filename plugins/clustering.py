@@ -12,6 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
+
 
 def cluster_labels(features: Tensor, clusters: int, *, seed: int = 0) -> Tensor:
     """Cluster of each row of the features of one class.
@@ -28,7 +30,7 @@ def cluster_labels(features: Tensor, clusters: int, *, seed: int = 0) -> Tensor:
         raise ValueError(f"features: expected (n, d) with n >= 1, got {tuple(features.shape)}")
     rows = features.detach().double().cpu().numpy()
     if not torch.isfinite(features).all():
-        raise ValueError("features: not finite (NaN or infinity among the values)")
+        raise NonFiniteValues("features: not finite (NaN or infinity among the values)")
     if min(clusters, len(rows)) == 1:
         return torch.zeros(len(rows), dtype=torch.long)
     with warnings.catch_warnings():

@@ -48,6 +48,7 @@ from avalanche_firn.plugins.contrastive_losses import (
     loss_ratio,
     relation_distillation,
 )
+from avalanche_firn.plugins.finite_words import nonfinite_stop, refuse_empty
 from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 from avalanche_firn.plugins.rehearsal import RehearsalSet, find_rehearsal
 
@@ -73,8 +74,9 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
         current experience; stored samples then come from a :class:`RehearsalPlugin` with ``batches="union"``.
     :param augmentation: of a batch on the device, ``(N, C, H, W) -> (N, 2, C, H, W)``; None: the loader gives views.
     :param seed: of the additional pass of ``"final_model"``.
-    :raises ValueError: settings out of range; a model without projections; one view per image; a loss that is not
-        finite at the end of an epoch.
+    :raises ValueError: settings out of range; a model without projections; one view per image; an
+        experience without a training sample.
+    :raises NonFiniteError: a loss that is not finite at the end of an epoch.
     """
 
     def __init__(
@@ -159,6 +161,10 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
                 "RehearsalPlugin(batches='union') is accepted"
             )
 
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """An experience without samples would be refused by the loader, without saying which."""
+        refuse_empty(strategy.experience)
+
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Copy the teacher and weigh its distillation for this task."""
         task = len(self.contrastive_losses)
@@ -205,7 +211,7 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
         """One read per epoch: log the losses, stop where they are not finite."""
         if self._sums is None or self._renew:
             return
-        contrastive, distillation = self._means(f"epoch {strategy.clock.train_exp_epochs}")
+        contrastive, distillation = self._means(strategy, f"epoch {strategy.clock.train_exp_epochs}")
         terms = {"loss/contrastive": contrastive}
         if self.teacher is not None:
             terms["loss/distillation"] = distillation
@@ -218,7 +224,7 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
             self._final_pass(strategy)
         if self._sums is None:
             raise ValueError(f"experience {self._experience} had no batch to train on; at least one is needed")
-        contrastive, distillation = self._means("the trained model")
+        contrastive, distillation = self._means(strategy, "the trained model")
         self.contrastive_losses.append(contrastive)
         self.distillation_losses.append(distillation)
         self._sums = self._current = self._loader = None
@@ -343,16 +349,22 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
                 found[tag].append(value)
         return found
 
-    def _means(self, where: str) -> tuple[float, float]:
+    def _means(self, strategy: Any, where: str) -> tuple[float, float]:
         """Average contrastive and distillation loss per sample; one read from the device."""
         assert self._sums is not None
         contrastive, distillation, count = self._sums.tolist()
         if not (math.isfinite(contrastive) and math.isfinite(distillation)):
-            raise ValueError(
-                f"the contrastive loss became {contrastive / count} and the distillation {distillation / count} in "
-                f"experience {self._experience}, {where}; a smaller rate or a longer warm-up is needed"
-            )
+            what = f"the contrastive loss became {contrastive / count} and the distillation {distillation / count}"
+            raise nonfinite_stop(strategy, where, what, "A smaller rate or a longer warm-up is needed.")
         return contrastive / count, distillation / count
+
+    def describe_nonfinite(self, strategy: Any) -> str | None:
+        """For the message of a guard: which of the losses it was."""
+        if self._sums is None or self._renew or bool(self._sums.isfinite().all()):
+            return None
+        contrastive, distillation, _ = self._sums.tolist()
+        both = f"the contrastive losses add up to {contrastive:.4g}, the distillation to {distillation:.4g}"
+        return f"Since the epoch began, {both}"
 
     def _publish(self, strategy: Any, figures: dict[str, float], step: int) -> None:
         if strategy.evaluator.active:

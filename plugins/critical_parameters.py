@@ -21,6 +21,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_firn.models.lora import LoRAComposition
+from avalanche_firn.plugins.finite_words import listed, nonfinite_stop
 from avalanche_firn.plugins.importance import ImportanceTracker, select_critical
 from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
@@ -52,7 +53,8 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
     :param of_remaining: ``fraction`` counts free matrices with a score above 0 instead of all (option of the code).
     :param ties: ``"order"``: exactly as many as counted. ``"all"``: every matrix that reaches the last one's score
         (released code; may freeze everything).
-    :raises ValueError: a setting out of range, no LoRACompositionPlugin before this one, a score that is not finite.
+    :raises ValueError: a setting out of range, no LoRACompositionPlugin before this one.
+    :raises NonFiniteError: a score that is not finite.
     """
 
     def __init__(
@@ -168,10 +170,8 @@ class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  #
             finite = score.isfinite().tolist()
             wrong = [name for name, known in zip(layers.positions, finite, strict=True) if not known]
             if wrong:
-                raise ValueError(
-                    f"the importance of {wrong} after experience {strategy.clock.train_exp_counter} is not finite; a "
-                    "smaller rate or clip is needed"
-                )
+                what = f"that of {len(wrong)} of {len(finite)} isn't finite ({listed(wrong)})"
+                raise nonfinite_stop(strategy, "the importance of matrices", what, "A smaller rate or clip is needed.")
             before = layers.frozen
             frozen = select_critical(score, before, self.fraction, of_remaining=self.of_remaining, ties=self.ties)
             layers.freeze(frozen)

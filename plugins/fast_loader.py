@@ -32,7 +32,14 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.dataloader import default_collate
 
-from avalanche_firn.benchmarks.batches import Batchwise, JoinedBatches, WholeBatches, as_it_is, batched
+from avalanche_firn.benchmarks.batches import (
+    WORKER_TIMEOUT,
+    Batchwise,
+    JoinedBatches,
+    WholeBatches,
+    as_it_is,
+    batched,
+)
 from avalanche_firn.plugins.random_state import derived_seed
 
 __all__ = ["MemoryBatches", "WorkerBatches", "draw_order", "faster_loader", "note_iteration"]
@@ -111,7 +118,11 @@ class WorkerBatches(_Epochs):
 
     :param dataset: an Avalanche data set. :param num_workers: at least 1. :param prefetch_factor: batches that each
         worker holds ready. :param persistent: keep the workers from epoch to epoch. :param collate_fn: of the loader.
+    :param timeout: seconds to wait for a batch before the workers count as hanging; 0 waits for ever.
     """
+
+    loads = "seeded processes"
+    """Who draws the random numbers of transforms (a checkpoint asks)."""
 
     def __init__(
         self,
@@ -125,6 +136,7 @@ class WorkerBatches(_Epochs):
         persistent: bool = True,
         pin_memory: bool = False,
         collate_fn: Any = default_collate,
+        timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last)
         self.dataset = dataset
@@ -133,6 +145,7 @@ class WorkerBatches(_Epochs):
             "prefetch_factor": prefetch_factor,
             "pin_memory": pin_memory,
             "collate_fn": collate_fn,
+            "timeout": timeout,
         }
         self._sampler = _Given()
         self._loader = self._new_loader(self._sampler, persistent_workers=persistent)
@@ -197,22 +210,33 @@ def faster_loader(
     *,
     prefetch_factor: int = 4,
     persistent_workers: bool = True,
+    timeout: float = WORKER_TIMEOUT,
 ) -> Any:
     """A loader with the same batches as ``loader``, or ``loader`` itself where nothing better is known.
 
     :param loader: of a training experience: torch's DataLoader or one of Avalanche's.
+    :param timeout: seconds to wait for a batch of worker processes; also set on a loader that is returned as it is.
     """
-    if type(loader) in _SEVERAL and not loader.distributed_sampling and not loader.never_ending:
-        return _of_several(loader, prefetch_factor, persistent_workers)
-    if type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler:
-        return _of_one(loader, prefetch_factor, persistent_workers)
+    workers = {"prefetch_factor": prefetch_factor, "persistent": persistent_workers, "timeout": timeout}
+    if type(loader) in _SEVERAL:
+        if loader.loader_kwargs.get("num_workers", 0):
+            loader.loader_kwargs.setdefault("timeout", timeout)
+        if not loader.distributed_sampling and not loader.never_ending:
+            return _of_several(loader, workers)
+    elif type(loader) is DataLoader:
+        given = bool(loader.timeout)
+        if loader.num_workers and not given:
+            loader.timeout = timeout
+        if type(loader.batch_sampler) is BatchSampler:
+            return _of_one(loader, workers, keep=given)
     return loader
 
 
-def _of_several(loader: Any, prefetch_factor: int, persistent_workers: bool) -> Any:
+def _of_several(loader: Any, workers: dict[str, Any]) -> Any:
     options, data = loader.loader_kwargs, [batched(dataset) for dataset in loader.datasets]
     plain = set(options) <= {
-        *("num_workers", "shuffle", "drop_last", "pin_memory", "persistent_workers", "batch_size", "collate_fn")
+        *("num_workers", "shuffle", "drop_last", "pin_memory", "persistent_workers", "batch_size", "collate_fn"),
+        "timeout",
     }
     shuffle, drop_last = options.get("shuffle", False), options.get("drop_last", False)
     collate_fn = options["collate_fn"]
@@ -222,15 +246,13 @@ def _of_several(loader: Any, prefetch_factor: int, persistent_workers: bool) -> 
         settings = {"shuffle": shuffle, "drop_last": drop_last}
         if data[0] is not None:
             return MemoryBatches(data[0], loader.batch_sizes[0], **settings, dataset=loader.datasets[0])
-        workers = options.get("num_workers", 0)
-        if workers:
+        if options.get("num_workers", 0):
             return WorkerBatches(
                 loader.datasets[0],
                 loader.batch_sizes[0],
                 **settings,
-                num_workers=workers,
-                prefetch_factor=prefetch_factor,
-                persistent=persistent_workers,
+                **{**workers, "timeout": options["timeout"]},
+                num_workers=options["num_workers"],
                 pin_memory=options.get("pin_memory", False),
                 collate_fn=collate_fn,
             )
@@ -253,7 +275,8 @@ def _of_several(loader: Any, prefetch_factor: int, persistent_workers: bool) -> 
     return loader
 
 
-def _of_one(loader: Any, prefetch_factor: int, persistent_workers: bool) -> Any:
+def _of_one(loader: Any, workers: dict[str, Any], *, keep: bool) -> Any:
+    """`keep`: workers that it has stay as they are, since somebody has set them up with care."""
     batches, sampler = loader.batch_sampler, loader.batch_sampler.sampler
     stock = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler
@@ -270,14 +293,13 @@ def _of_one(loader: Any, prefetch_factor: int, persistent_workers: bool) -> Any:
         return DataLoader(
             Batchwise(data, loader.dataset), batch_sampler=batches, collate_fn=as_it_is, generator=loader.generator
         )
-    if plain and loader.num_workers and loader.multiprocessing_context is None and not loader.timeout:
+    if plain and loader.num_workers and loader.multiprocessing_context is None and not keep:
         return WorkerBatches(
             loader.dataset,
             batches.batch_size,
             **settings,
+            **workers,
             num_workers=loader.num_workers,
-            prefetch_factor=prefetch_factor,
-            persistent=persistent_workers,
             pin_memory=loader.pin_memory,
             collate_fn=loader.collate_fn,
         )

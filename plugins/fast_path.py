@@ -26,7 +26,9 @@ from avalanche.models.utils import avalanche_model_adaptation
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.base_sgd import BaseSGDTemplate
 from avalanche.training.templates.observation_type import BatchObservation
+from torch.utils.data import DataLoader
 
+from avalanche_firn.benchmarks.batches import WORKER_TIMEOUT
 from avalanche_firn.plugins.fast_evaluation import OnePass, evaluation_loader, one_pass_fits, run_evaluation
 from avalanche_firn.plugins.fast_hooks import install_hooks
 from avalanche_firn.plugins.fast_loader import faster_loader
@@ -41,6 +43,7 @@ class FastPathPlugin(SupervisedPlugin, supports_distributed=False):  # type: ign
     :param one_pass: evaluate all experiences in one pass.
     :param prefetch_factor: batches that each worker holds ready (4: our choice; torch's default is 2).
     :param persistent_workers: keep the workers of a training experience from epoch to epoch.
+    :param worker_timeout: seconds to wait for a batch of the workers before they count as hanging; 0 waits for ever.
     :raises ValueError: ``prefetch_factor`` below 1.
     """
 
@@ -58,12 +61,14 @@ class FastPathPlugin(SupervisedPlugin, supports_distributed=False):  # type: ign
         one_pass: bool = True,
         prefetch_factor: int = 4,
         persistent_workers: bool = True,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__()
         if prefetch_factor < 1:
             raise ValueError(f"prefetch_factor is {prefetch_factor}; 1 and above is accepted")
         self.loader, self.hooks, self.one_pass = loader, hooks, one_pass
         self.prefetch_factor, self.persistent_workers = prefetch_factor, persistent_workers
+        self.worker_timeout = worker_timeout
         self._strategy: Any = None
         self._renew: Callable[[], None] = lambda: None
         self._whole: OnePass | None = None
@@ -81,7 +86,10 @@ class FastPathPlugin(SupervisedPlugin, supports_distributed=False):  # type: ign
         self._renew()
         if self.loader:
             strategy.dataloader = faster_loader(
-                strategy.dataloader, prefetch_factor=self.prefetch_factor, persistent_workers=self.persistent_workers
+                strategy.dataloader,
+                prefetch_factor=self.prefetch_factor,
+                persistent_workers=self.persistent_workers,
+                timeout=self.worker_timeout,
             )
 
     def after_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -97,7 +105,9 @@ class FastPathPlugin(SupervisedPlugin, supports_distributed=False):  # type: ign
         mine = vars(strategy).get("eval_epoch") == self._eval_epoch and not kwargs.get("shuffle")
         if self.one_pass and mine and one_pass_fits(strategy, experiences):
             workers = int(kwargs.get("num_workers", 0))
-            more = {"prefetch_factor": self.prefetch_factor} if workers else {}
+            more: dict[str, Any] = {}
+            if workers:
+                more = {"prefetch_factor": self.prefetch_factor, "timeout": self.worker_timeout}
             pinned = bool(kwargs.get("pin_memory", strategy.device.type == "cuda"))
             whole = OnePass(
                 experiences, strategy.eval_mb_size, strategy.device, num_workers=workers, pin_memory=pinned, **more
@@ -138,6 +148,8 @@ class FastPathPlugin(SupervisedPlugin, supports_distributed=False):  # type: ign
             pieces = evaluation_loader(strategy)
         if pieces is None:
             self._make_loader(**options)
+            if isinstance(strategy.dataloader, DataLoader) and strategy.dataloader.num_workers:
+                strategy.dataloader.timeout = self.worker_timeout
         else:
             strategy.dataloader = pieces
 

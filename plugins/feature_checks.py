@@ -7,12 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
+
 
 def check_features(tensor: Tensor, name: str, shape: str) -> None:
     """Refuse what statistics can't be made of.
 
     :param name: of the argument, for the message. :param shape: what it has to be, such as ``"n, d"``, none of them 0.
-    :raises TypeError: not a floating-point tensor. :raises ValueError: another number of dimensions, empty, not finite.
+    :raises TypeError: not a floating-point tensor. :raises ValueError: another number of dimensions, empty;
+        ``NonFiniteValues``, where not finite.
     """
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -22,7 +25,22 @@ def check_features(tensor: Tensor, name: str, shape: str) -> None:
         wanted = f"({shape}{',' * (len(sizes) == 1)}) with {', '.join(dict.fromkeys(sizes))} >= 1"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
     if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name}: not finite (NaN or infinity among the values)")
+        raise NonFiniteValues(f"{name}: not finite (NaN or infinity among the values)")
+
+
+def check_by_class(features: Tensor, targets: Tensor) -> None:
+    """Refuse features that aren't finite, by the names of their classes; one read from the device.
+
+    :param features: ``(N, d)``. :param targets: ``(N,)`` class ids.
+    :raises NonFiniteValues: NaN or infinity among them.
+    """
+    if not bool(torch.isfinite(features).all()):
+        bad = ~torch.isfinite(features).all(1)
+        counts = [
+            (c, int((targets[bad] == c).sum()), int((targets == c).sum())) for c in targets[bad].unique().tolist()
+        ]
+        shown = ", ".join(f"{c} ({n} of {total} samples)" for c, n, total in counts[:10])
+        raise NonFiniteValues(f"the features of class {shown}: not finite (NaN or infinity among the values)")
 
 
 def check_jitter(jitter: float) -> None:
@@ -46,4 +64,4 @@ def fill_normal(out: Tensor, generator: torch.Generator | None) -> None:
         out.copy_(torch.randn(out.shape, generator=generator, device=device, dtype=torch.float32))
 
 
-__all__ = ["check_features", "check_jitter", "fill_normal", "to_float64"]
+__all__ = ["check_by_class", "check_features", "check_jitter", "fill_normal", "to_float64"]

@@ -14,6 +14,8 @@ from avalanche.models.utils import avalanche_forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from avalanche_firn.models.finite_values import NonFiniteValues
+
 
 def stable_rate(features: Tensor, l2: float) -> float:
     """Half the largest stable gradient step of a linear softmax classifier, ``1 / (lambda_max / 2 + l2)``.
@@ -94,7 +96,9 @@ def train_head(
         for parameter in parameters:
             parameter.grad = None
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss of the linear probe became {float(loss)} at lr={first:g}; a smaller lr is needed")
+        raise NonFiniteValues(
+            f"the loss of the linear probe became {float(loss)} at lr={first:g}; a smaller lr is needed"
+        )
 
 
 __all__ = ["head_logits", "stable_rate", "train_head"]

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
+
 
 class ImportanceTracker:
     """Running importance S and its uncertainty U of named weight matrices.
@@ -175,7 +177,8 @@ def select_critical(
         if wrong.any():
             places = [tuple(place) for place in wrong.nonzero().tolist()]
             more = f" and {len(places) - 5} more" if len(places) > 5 else ""
-            raise ValueError(f"score: {what} at {places[:5]}{more}; finite numbers of 0 and above are accepted")
+            kind = NonFiniteValues if what == "not finite" else ValueError
+            raise kind(f"score: {what} at {places[:5]}{more}; finite numbers of 0 and above are accepted")
     values, after = values.flatten(), frozen.detach().cpu().flatten().clone()
     counted = int((values[~after] > 0).sum()) if of_remaining else len(values)
     k = int(fraction * counted)

@@ -29,8 +29,11 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_firn.models.feature_cache import FeatureCache, backbone_sha256
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.models.linear_rows import linear_rows
 from avalanche_firn.models.parts import BatchNormMode, ModelParts, extract_features, find_parts
+from avalanche_firn.plugins.feature_checks import check_by_class
+from avalanche_firn.plugins.finite_words import finite_or_stop
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.probe_head import (
     ParameterFilter,
@@ -46,6 +49,7 @@ from avalanche_firn.plugins.probe_head import (
 )
 from avalanche_firn.plugins.random_state import derived_seed, private_random_state
 
+_PROBE_HELPS = "Finite features, a smaller lr of the probe, or another solver helps."
 HeadInit = Literal["keep", "reset", "zero"]
 FineTuneMode = Literal["auto", "train", "eval"]
 
@@ -211,7 +215,8 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
             try:
                 self._initialise_head(strategy, parts)
                 if self._probed:
-                    self._probe(strategy, parts)
+                    with finite_or_stop(strategy, "the linear probe", _PROBE_HELPS):
+                        self._probe(strategy, parts)
             except BaseException:
                 self._thaw(strategy.model)
                 raise
@@ -281,6 +286,7 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         experience, label = strategy.experience, task_label_of(strategy.experience)
         with private_random_state(self._seed(strategy, "probe")):
             features, targets = self._features(strategy, parts)
+            check_by_class(features, targets)
             l2 = write_probe(
                 parts.head,
                 features,
@@ -300,6 +306,8 @@ class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: 
                 fresh_features=(lambda: self._features(strategy, parts)) if self.lp_views == "fresh" else None,
             )
             classes, figures = describe_probe(parts.head, features, targets, task_label=label)
+            if not math.isfinite(sum(figures.values())):
+                raise NonFiniteValues(f"the solved classifier has loss {figures['loss']}, norm {figures['head_norm']}")
             seconds = time.perf_counter() - start
             if self.bn_check:
                 options = self._extraction(strategy, parts) | {"batch_size": strategy.train_mb_size}

@@ -55,6 +55,7 @@ class LoaderReplay:
                 "first": 0,
                 "targets": 0,
                 "fetches": [] if _draws_while_iterating(loader) else None,
+                "loads": _loads(loader),
             }
         )
         self._loader = loader
@@ -79,34 +80,53 @@ class LoaderReplay:
         generators = [g.get_state() for g in _generators(self._loader)]
         return {"epochs": self._epochs, "generators": generators}
 
-    def repeat(self, loader: Any, state: dict[str, Any]) -> None:
+    def repeat(self, loader: Any, state: dict[str, Any], *, sizes: tuple[int, int] | None = None) -> None:
         """Bring ``loader`` to the recorded place; changes the global random generators.
 
+        :param sizes: images per batch then and now, where they differ: the same images are fetched in other batches.
+            Where a loader draws anew while it is iterated, the draws within a step may differ then.
         :raises CheckpointError: the loader gives fewer batches, or batches with other targets.
         """
         self._epochs = []
-        for recorded in state["epochs"]:
+        for recorded in _recorded(state):
             self.begin(loader)
             epoch = self._epochs[-1]
-            restore_random_state(recorded["random"])
+            _restore(recorded["random"])
             _set_generators(loader, recorded["generators"])
-            for n in range(recorded["fetched"] + recorded["finished"]):
+            count = recorded["fetched"]
+            if sizes is not None:
+                count = len(loader) if recorded["finished"] else count * sizes[0] // sizes[1]
+            drawn: list[Any] = []
+            for n in range(count + recorded["finished"]):
                 if recorded["fetches"] is not None:
-                    restore_random_state(recorded["fetches"][n])
+                    _restore_fetch(recorded["fetches"], n, sizes)
+                    drawn += [capture_random_state(cuda=False)] if sizes is not None else []
                 batch = next(self._iterator, None)
-                if batch is None and n < recorded["fetched"]:
-                    raise CheckpointError(
-                        f"the loader gives {n} batches; the checkpoint had used {recorded['fetched']}"
-                    )
-                if n < recorded["fetched"]:
+                if batch is None and n < count:
+                    raise CheckpointError(f"the loader gives {n} batches; the checkpoint had used {count}")
+                if n < count:
                     self._note(batch)
-            if (epoch["first"], epoch["targets"]) != (recorded["first"], recorded["targets"]):
-                raise CheckpointError(
-                    "the loader gives other batches than before: data, order or batch size have changed, or it draws "
-                    "from a generator that isn't saved"
-                )
-            self._epochs[-1] = dict(recorded)
+            self._compare(epoch, recorded, cut=sizes is not None)
+            self._epochs[-1] = {**recorded, "fetched": count, "first": epoch["first"], "loads": epoch["loads"]}
+            if drawn:
+                self._epochs[-1] |= {"fetches": drawn, "targets": epoch["targets"]}
         _set_generators(loader, state["generators"])
+
+    def _compare(self, epoch: dict[str, Any], recorded: dict[str, Any], *, cut: bool) -> None:
+        """The batches of an epoch with the recorded ones.
+
+        The images of the first batch are compared if it holds the same images, and if random transforms drew from the
+        same generators: workers have their own. A loader that mixes data sets gives the targets of a step in another
+        order in smaller batches.
+        """
+        same = not cut and recorded.get("loads", epoch["loads"]) == epoch["loads"]
+        images = not same or epoch["first"] == recorded["first"]
+        targets = (cut and recorded["fetches"] is not None) or epoch["targets"] == recorded["targets"]
+        if not images or not targets:
+            raise CheckpointError(
+                "the loader gives other batches than before: data, order or batch size have changed, or it draws "
+                "from a generator that isn't saved"
+            )
 
     def _note(self, batch: Any) -> None:
         """Count a batch, and what it can be recognised by.
@@ -136,11 +156,50 @@ def _started(loader: Any) -> Iterator[Any]:
     yield from loader
 
 
+def _restore_fetch(states: list[Any], n: int, sizes: tuple[int, int] | None) -> None:
+    """The random state of the n-th fetch, if a fetch of then began with the same image."""
+    old, new = (1, 1) if sizes is None else sizes
+    if n * new % old == 0 and n * new // old < len(states):
+        _restore(states[n * new // old])
+
+
+def _restore(state: Any) -> None:
+    try:
+        restore_random_state(state, strict=False)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the random state of a loader can't be restored: {error}") from error
+
+
+_FIELDS = {"random": dict, "generators": list, "fetched": int, "finished": bool, "first": int, "targets": int}
+
+
+def _recorded(state: Any) -> list[dict[str, Any]]:
+    """The epochs of a recorded state, checked."""
+    epochs = state.get("epochs") if isinstance(state, dict) else None
+    good = isinstance(epochs, list) and bool(epochs) and isinstance(state.get("generators"), list)
+    for epoch in epochs if isinstance(epochs, list) else []:
+        good = good and isinstance(epoch, dict)
+        good = good and all(type(epoch.get(name)) is kind for name, kind in _FIELDS.items()) and epoch["fetched"] >= 0
+        good = good and "fetches" in epoch and isinstance(epoch["fetches"], (list, type(None)))
+    if not good:
+        raise CheckpointError("what the checkpoint says of the loader has another form than a loader's state")
+    return list(epochs or ())
+
+
+def _workers(loader: Any) -> int:
+    settings = getattr(loader, "loader_kwargs", {})
+    return int(getattr(loader, "num_workers", settings.get("num_workers", 0)) or 0)
+
+
+def _loads(loader: Any) -> str:
+    """Who loads the images, and so whose random numbers their transforms draw."""
+    return str(getattr(loader, "loads", "processes" if _workers(loader) else "here"))
+
+
 def _keeps_workers(loader: Any) -> bool:
     """Workers that live through several epochs carry their random state along."""
     settings = getattr(loader, "loader_kwargs", {})
-    workers = getattr(loader, "num_workers", settings.get("num_workers", 0))
-    return bool(workers and getattr(loader, "persistent_workers", settings.get("persistent_workers", False)))
+    return bool(_workers(loader) and getattr(loader, "persistent_workers", settings.get("persistent_workers", False)))
 
 
 def _draws_while_iterating(loader: Any) -> bool:
@@ -175,7 +234,10 @@ def _set_generators(loader: Any, states: list[Tensor]) -> None:
     if len(generators) != len(states):
         raise CheckpointError(f"the loader has {len(generators)} private generators; the checkpoint has {len(states)}")
     for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+        try:
+            generator.set_state(state)
+        except (TypeError, RuntimeError) as error:
+            raise CheckpointError(f"the state of a loader's generator can't be restored: {error}") from error
 
 
 __all__ = ["LoaderReplay"]

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_firn.models.lora import LoRAComposition
 from avalanche_firn.models.parts import find_parts
+from avalanche_firn.plugins.finite_words import nonfinite_stop
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin, OptimizerFactory, trainable
 from avalanche_firn.plugins.random_state import derived_seed
 from avalanche_firn.plugins.schedules import SchedulerFactory
@@ -168,13 +169,21 @@ class LoRACompositionPlugin(FreshOptimizerPlugin, supports_distributed=False):  
         loss, penalty, steps = self._sums.tolist()
         self._sums = None
         if not math.isfinite(loss + penalty):
-            raise ValueError(
-                f"loss {loss / steps} and orthogonality penalty {penalty / steps} in epoch "
-                f"{strategy.clock.train_exp_epochs} of experience {strategy.clock.train_exp_counter}; a smaller rate "
-                "or clip is needed"
-            )
+            what = f"loss {loss / steps} and orthogonality penalty {penalty / steps}"
+            advice = "A smaller rate or clip is needed."
+            raise nonfinite_stop(strategy, f"epoch {strategy.clock.train_exp_epochs}", what, advice)
         figures = {"loss/task": loss / steps, "loss/orthogonality": penalty / steps}
         self._publish(strategy, figures, strategy.clock.train_iterations)
+
+    def describe_nonfinite(self, strategy: Any) -> str | None:
+        """For the message of a guard: which part of the loss it was."""
+        if self._sums is None:
+            return None
+        loss, penalty, _ = self._sums.tolist()
+        if math.isfinite(loss + penalty):
+            return None
+        both = f"the losses of the task add up to {loss:.4g}, the orthogonality penalties to {penalty:.4g}"
+        return f"Since the epoch began, {both}"
 
     def _publish(self, strategy: Any, figures: dict[str, float], step: int) -> None:
         if strategy.evaluator.active:

@@ -118,7 +118,10 @@ class _LocalCriterion(SupervisedPlugin, supports_distributed=True):  # type: ign
             own = logits.index_select(1, self._classes)
         else:
             own = logits[:, self._stretch[0] : self._stretch[1]]
-        return self.local_loss(_at_least_float32(own), positions)
+        loss = self.local_loss(_at_least_float32(own), positions)
+        if self.outside == "ignore":  # a batch of other experiences' samples alone has no mean, and teaches nothing
+            loss = torch.where((positions >= 0).any(), loss, 0.0)
+        return loss
 
     def _raise_if_stray(self) -> None:
         count = 0 if self._stray is None else int(self._stray)
@@ -138,7 +141,8 @@ class LocalCrossEntropy(_LocalCriterion, supports_distributed=True):  # type: ig
 
     :param outside: what a training target outside the current experience means. ``"error"``: ValueError, at the first
         batch of the experience or at the end of the epoch (a replay buffer next to this loss would be ignored silently
-        otherwise). ``"ignore"``: such rows do not count, as in SLCA's released code.
+        otherwise). ``"ignore"``: such rows do not count, as in SLCA's released code; the loss of a batch without any
+        other row is 0, and so is its gradient.
     """
 
     def local_loss(self, logits: Tensor, positions: Tensor) -> Tensor:

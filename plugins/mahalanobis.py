@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.plugins.clustering import cluster_labels
 from avalanche_firn.plugins.feature_checks import check_features, to_float64
 from avalanche_firn.plugins.mahalanobis_math import (
@@ -289,12 +290,13 @@ class MahalanobisTaskInference:
             means, scales, rows, low_rank = zip(*clusters, strict=True)
         except ValueError as error:
             settings = f"jitter {self.jitter:g}, shrinkage {self.shrinkage:g}"
-            raise ValueError(f"class {class_id}: {error} ({settings})") from error
+            kind = NonFiniteValues if isinstance(error, NonFiniteValues) else ValueError
+            raise kind(f"class {class_id}: {error} ({settings})") from error
         dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
         like = torch.empty(0, dtype=dtype, device=self._device or source.device) if known is None else known.means
         tensors = [tensor.to(like) for tensor in (torch.stack(means), torch.stack(scales), torch.cat(rows))]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise ValueError(f"class {class_id}: the statistics overflow {like.dtype}")
+            raise NonFiniteValues(f"class {class_id}: the statistics overflow {like.dtype}")
         ranks = [len(own) for own in rows]
         self._classes[class_id] = _Class(task, tensors[0], tensors[1], tensors[2], ranks, list(low_rank))
         self._cache = None

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.finite_values import NonFiniteValues
 from avalanche_firn.plugins.class_statistics import class_statistics
 
 _CANCELLATION = 16  # "auto" leaves clusters dense whose variance exceeds this times that of kappa I: float32 suffers
@@ -133,7 +134,7 @@ def fit_cluster(rows: Tensor, jitter: float, form: str, *, shrinkage: float, cor
     trace = float(factor.square().sum())
     kappa = jitter + shrinkage * (trace / d + jitter)
     if not math.isfinite(trace):
-        raise ValueError(f"the covariance of a cluster overflows {rows.dtype}")
+        raise NonFiniteValues(f"the covariance of a cluster overflows {rows.dtype}")
     fits = n - 1 < d / 2 and kappa > 0 and trace <= _CANCELLATION * d * kappa
     if form == "dense" or (form == "auto" and not fits):
         mean, covariance = class_statistics(rows, jitter)

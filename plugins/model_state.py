@@ -168,6 +168,9 @@ def load_optimizer_state(strategy: Any, state: dict[str, Any]) -> None:
         for name, behind, shape, dtype in members:
             if name is not None and name not in parameters:
                 raise CheckpointError(f"optimizer: parameter {name!r} of the checkpoint is not in the model")
+            if name and (list(parameters[name].shape) != shape or parameters[name].dtype != dtype):
+                there = f"{tuple(parameters[name].shape)} {parameters[name].dtype}"
+                raise CheckpointError(f"optimizer: {name} is {tuple(shape)} {dtype} in the checkpoint, now {there}")
             member = parameters[name] if name else nn.Parameter(torch.zeros(shape, dtype=dtype, device=strategy.device))
             if behind:
                 mapped[behind] = member

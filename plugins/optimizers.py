@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from avalanche_firn.plugins.finite_words import refuse_empty
 from avalanche_firn.plugins.schedules import SchedulerFactory
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
@@ -80,7 +81,8 @@ class FreshOptimizerPlugin(SupervisedPlugin, supports_distributed=True):  # type
             self._template = strategy.optimizer
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Put the stand-in in place before Avalanche looks at the optimizer."""
+        """Put the stand-in in place before Avalanche looks at the optimizer; an experience needs samples."""
+        refuse_empty(strategy.experience)
         strategy.optimizer = torch.optim.SGD(strategy.model.parameters(), lr=1.0)
         strategy.optimized_param_id = None
 

@@ -27,11 +27,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from avalanche_firn.plugins.run_errors import RunError
+
 _SETTINGS = (types.FunctionType, types.BuiltinFunctionType, type, enum.Enum, range)
 _SEQUENCES: dict[type, str] = {tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
 _MAPPINGS: dict[type, str] = {
     dict: "$items", OrderedDict: "$ordered", Counter: "$counter", defaultdict: "$default",
 }  # fmt: skip
+_WRONG_FORM = (LookupError, AttributeError, RuntimeError, OverflowError)
 _METRIC_MODULES = ("avalanche.evaluation", "avalanche_firn.evaluation")
 _MACHINE_METRICS = tuple(f"avalanche.evaluation.metrics.{m}_usage" for m in ("cpu", "ram", "gpu", "disk"))
 
@@ -65,7 +68,7 @@ def load_plain_state(
 
     :param known: as for :func:`plain_state`. :param skip: likewise.
     :param strict: False leaves out what has no counterpart yet (an object that a hook will create later).
-    :raises ValueError: another class, or a setting that differs.
+    :raises ValueError: another class, a setting that differs, or a description that :func:`plain_state` never gives.
     :raises TypeError: a nested object has no counterpart to be written into.
     """
     _Decoder(known, strict).object(obj, state, type(obj).__name__, skip)
@@ -194,9 +197,14 @@ class _Decoder:
         self.strict = strict
 
     def object(self, obj: Any, state: Mapping[str, Any], path: str, skip: Container[str] = ()) -> None:
+        saved = state.get("attributes") if isinstance(state, Mapping) else None
+        if not isinstance(saved, Mapping) or "class" not in state:
+            raise ValueError(f"{path}: not the description of an object")
         if state["class"] != class_name(obj):
             raise ValueError(f"{path}: saved from a {state['class']}, loaded into a {class_name(obj)}")
-        saved, current = state["attributes"], vars(obj)
+        if foreign := [name for name in saved if name in skip]:
+            raise ValueError(f"{path}.{foreign[0]}: nothing is saved of it, and the description has it")
+        current = vars(obj)
         for name in [n for n in current if n not in saved and n not in skip]:
             del current[name]  # a hook made it since construction; it was absent when the state was saved
         for name, node in saved.items():
@@ -213,6 +221,15 @@ class _Decoder:
         if not tag.startswith("$"):
             return self.mapping(dict, list(node.items()), current, path)
         content = node[tag]
+        try:
+            return self.tagged(tag, content, current, path)
+        except (RunError, torch.OutOfMemoryError):
+            raise
+        except _WRONG_FORM as error:  # of a description that to_plain never gives
+            raise ValueError(f"{path}: {tag} holds something else: {type(error).__name__} {error}") from error
+
+    def tagged(self, tag: str, content: Any, current: Any, path: str) -> Any:
+        """What stands in a dict with a single key that starts with ``$``."""
         if tag == "$on":
             return content[1].to(current.device if isinstance(current, Tensor) else content[0], copy=True)
         if tag in _MAPPINGS.values():
@@ -309,6 +326,19 @@ def _refill(current: Any, kind: type, values: Any) -> Any:
     return into
 
 
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch has no type {name!r}")
+    return found
+
+
+def _picture(mode: str, size: tuple[int, int], data: bytes) -> Image.Image:
+    if size[0] * size[1] > 8 * len(data):  # before room is made for it
+        raise ValueError(f"{len(data)} bytes for {size[0]} x {size[1]} pixels")
+    return Image.frombytes(mode, size, data)
+
+
 _LEAVES: dict[type, tuple[str, Callable[[Any], Any]]] = {
     bytes: ("$bytes", lambda v: torch.frombuffer(bytearray(v), dtype=torch.uint8) if v else torch.empty(0)),
     torch.Size: ("$size", list),
@@ -327,11 +357,11 @@ _DECODE: dict[str, Callable[[Any], Any]] = {
     "$bytes": lambda v: v.to(torch.uint8).numpy().tobytes(),
     "$size": torch.Size,
     "$device": torch.device,
-    "$dtype": lambda v: getattr(torch, v),
+    "$dtype": lambda v: _dtype(v),
     "$path": Path,
     "$alternatives": lambda v: AlternativeValues(*v),
     "$image": TensorImage,
-    "$picture": lambda v: Image.frombytes(v["mode"], tuple(v["size"]), v["data"]),
+    "$picture": lambda v: _picture(v["mode"], tuple(v["size"]), v["data"]),
     "$parameter": lambda v: ParamData(v["name"], init_tensor=v["data"], device=v["data"].device),
     "$ndarray": lambda v: v.numpy(),
     "$scalar": lambda v: v.numpy()[()],

@@ -43,15 +43,18 @@ def capture_random_state(*, cuda: bool = True) -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any], *, strict: bool = True) -> None:
     """Set all global generators to a state that :func:`capture_random_state` gave.
 
-    :raises ValueError: the state holds another number of CUDA generators than there are devices.
+    :param strict: False leaves out CUDA generators without a device here, and devices without a generator there.
+    :raises ValueError: ``strict``, and the state holds another number of CUDA generators than there are devices.
     """
     cuda: list[Tensor] | None = state["cuda"]
     if cuda is not None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count != len(cuda):
+        if not strict:
+            cuda = cuda[:count]
+        elif count != len(cuda):
             raise ValueError(f"the random state holds {len(cuda)} CUDA generators and {count} CUDA devices are visible")
         for device, generator in enumerate(cuda):
             torch.cuda.set_rng_state(generator.cpu(), device)

@@ -51,7 +51,7 @@ def relearn(
     fraction: float,
     chosen: ParameterFilter | None,
     generator: torch.Generator,
-) -> None:
+) -> Tensor:
     """Train the chosen parameters for some steps with the strategy's optimizer, forward pass and criterion.
 
     No hook runs: other plugins' losses, metrics, clocks and schedules see nothing of it. Modules without a chosen
@@ -61,6 +61,7 @@ def relearn(
     :param classes: frequent in the batches, of ``strategy.train_mb_size`` samples of the current data set.
     :param chosen: ``(name, parameter) -> bool``; None: the classifier. Of these only trainable ones move.
     :param generator: on the CPU; decides all random numbers.
+    :returns: the loss of every step ``(steps,)``, detached, on the device.
     :raises ValueError: no sample of these classes, or no trainable parameter chosen.
     """
     dataset = strategy.adapted_dataset
@@ -81,6 +82,7 @@ def relearn(
     current = strategy.mbatch, strategy.mb_output, strategy.loss
     collate = getattr(dataset, "collate_fn", None) or default_collate
     size = min(int(strategy.train_mb_size), len(dataset))
+    losses = []
     with private_random_state(int(torch.randint(2**62, (1,), generator=generator))):
         try:
             for parameter in frozen:
@@ -95,6 +97,7 @@ def relearn(
                 strategy.optimizer.zero_grad(set_to_none=True)  # parameters without gradient are not stepped
                 strategy.mb_output = strategy.forward()
                 strategy.loss = strategy.criterion()
+                losses.append(strategy.loss.detach().mean())
                 strategy.backward()
                 strategy.optimizer_step()
             strategy.optimizer.zero_grad(set_to_none=True)
@@ -104,6 +107,7 @@ def relearn(
                 parameter.requires_grad_(True)
             for module, mode in modes.items():
                 module.training = mode
+    return torch.stack(losses)
 
 
 __all__ = ["biased_batch", "relearn"]

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from avalanche_firn.models.linear_rows import LinearRows, linear_rows
 from avalanche_firn.models.parts import find_parts
 from avalanche_firn.plugins.episodes import EpisodeLoader, EpisodeSampler
+from avalanche_firn.plugins.finite_words import nonfinite_stop
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.random_state import derived_seed
 from avalanche_firn.plugins.row_resampling import RowRule, check_rule, resample_rows_
@@ -62,6 +63,7 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
     :raises ValueError: settings out of range; fp16, whose inner gradients would need a scale of their own; models with
         several heads; a classifier that isn't linear or lacks a class; rows to zap that can't be relearned (frozen,
         computed from others, not in the optimizer); another plugin that replaces the loader.
+    :raises NonFiniteError: at the end of an epoch, a loss in a sequence that isn't finite, by class and image.
 
     Logged at the end of an epoch, over training iterations: ``zap/inner-loss-first`` and ``zap/inner-loss-last``, the
     mean loss of the first and of the last image of the sequences as they were learnt.
@@ -132,6 +134,9 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         self._fast: dict[str, Tensor] | None = None  # weights at the end of a sequence, with their graph
         self._sums: Tensor | None = None  # of the first and the last loss
         self._count = 0
+        self._learnt: list[tuple[int, int, int]] = []  # since the last log: steps before a sequence, iteration, class
+        self._steps = 0  # of these sequences
+        self._bad: Tensor | None = None  # the first one of these steps whose loss isn't finite, -1: none
 
     # ------------------------------------------------------------------ hooks
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -199,11 +204,30 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         """Log the losses in the sequences."""
         if self._sums is None or not self._count:
             return
+        if (what := self.describe_nonfinite(strategy)) is not None:
+            raise nonfinite_stop(
+                strategy, f"epoch {strategy.clock.train_exp_epochs}", what, "A smaller inner_lr or lr is needed."
+            )
         step = int(strategy.clock.train_iterations)
         if strategy.evaluator.active:
             for name, value in zip(("first", "last"), (self._sums / self._count).tolist(), strict=True):
                 strategy.evaluator.publish_metric_value(MetricValue(self, f"zap/inner-loss-{name}", value, step))
         self._sums, self._count = None, 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._learnt, self._steps, self._bad = [], 0, None
+
+    def describe_nonfinite(self, strategy: Any) -> str | None:
+        """The first loss in a sequence that isn't finite, if there is one; for the message of a guard, too."""
+        place = -1 if self._bad is None else int(self._bad)
+        if place < 0:
+            return None
+        start, iteration, class_id = max(entry for entry in self._learnt if entry[0] <= place)
+        return (
+            f"In iteration {iteration}, the loss of step {place - start} of the sequence of class {class_id} isn't "
+            f"finite (inner_lr {self.inner_lr:g})"
+        )
 
     # --------------------------------------------------------------- sequence
     def sequence(self, strategy: Any, class_id: int, length: int) -> None:
@@ -224,7 +248,13 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
                 strategy.mbatch = [part[start:end] for part in whole]
                 weights = self._step(strategy, names, weights)
         strategy.mbatch = [part[length:] for part in whole] if self.remember_only else whole
-        edges = torch.stack([self.inner_losses[0], self.inner_losses[-1]]).double()
+        losses = torch.stack(self.inner_losses).double()
+        bad = ~losses.isfinite()
+        known = losses.new_full((), -1, dtype=torch.int64) if self._bad is None else self._bad
+        self._bad = torch.where((known < 0) & bad.any(), self._steps + bad.int().argmax(), known)
+        self._learnt.append((self._steps, int(strategy.clock.train_exp_iterations), int(class_id)))
+        self._steps += len(losses)
+        edges = torch.stack([losses[0], losses[-1]])
         self._sums = edges if self._sums is None else self._sums.to(edges.device) + edges
         self._count += 1
 
@@ -292,6 +322,7 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         self.seed = state["seed"]
         self.zap_generator.set_state(state["zap_generator"])
         self._sums, self._count = state["sums"], int(state["count"])
+        self._forget()  # all were finite, or there would be no checkpoint
 
 
 def _call(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Any:

@@ -8,11 +8,13 @@ referenced, not copied; one pass over the module tree.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import types
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import avalanche
@@ -26,6 +28,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from avalanche_firn.plugins.checkpoint_files import CheckpointError, matching_files
+from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.model_state import (
     describe_parameter,
     load_module_state,
@@ -42,6 +45,7 @@ from avalanche_firn.plugins.plain_state import (
     plain_state,
     to_plain,
 )
+from avalanche_firn.plugins.run_errors import RunError
 
 _TEMPLATE = {
     "_criterion", "_distributed_check", "_eval_streams", "_stop_training", "adapted_dataset", "clock",
@@ -104,13 +108,29 @@ def environment(strategy: Any) -> dict[str, str]:
     """What decides the last bits of a result beside the code: versions, device, threads."""
     device = strategy.device
     return {
+        "avalanche_firn": _own_version(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "avalanche": avalanche.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
+        "precision": _precision(strategy),
     }
+
+
+def _precision(strategy: Any) -> str:
+    """What forward passes are computed in."""
+    found = [plugin for plugin in strategy.plugins if isinstance(plugin, MixedPrecisionPlugin)]
+    return found[0].resolve(torch.device(strategy.device)) if found else "fp32"
+
+
+@functools.cache
+def _own_version() -> str:
+    try:
+        return version("avalanche-firn")
+    except PackageNotFoundError:  # run from a copy that isn't installed
+        return "unknown"
 
 
 # --------------------------------------------------------------- the whole state
@@ -125,7 +145,7 @@ def capture_strategy(strategy: Any) -> dict[str, Any]:
             "model": module_state(strategy.model),
             "criterion": _criterion_state(strategy, known),
             "optimizer": optimizer_state(strategy),
-            "plugins": [_object_state(p, known) for p in _stateful(strategy)],
+            "plugins": [_object_state(p, known) for p in stateful_plugins(strategy)],
             "evaluator": _evaluator_state(strategy.evaluator, known),
             "attributes": plain_state(strategy, known=known, skip=_template_attributes(strategy)),
             "periodic": [[p.do_initial, p.do_final, p._is_eval_updated] for p in _periodic(strategy)],
@@ -147,6 +167,18 @@ def restore_strategy(strategy: Any, state: dict[str, Any], *, optimizer: bool = 
         out, and what plugins made of their state isn't verified.
     :raises CheckpointError: something doesn't fit, or didn't come back to the bit.
     """
+    try:
+        _restore(strategy, state, optimizer=optimizer, final=final)
+    except (RunError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a state that capture_strategy never gives, anything may come
+        told = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
+        if isinstance(error, CheckpointError) and "checkpoint" in told:
+            raise
+        raise CheckpointError(f"the checkpoint doesn't fit the strategy: {told}") from error
+
+
+def _restore(strategy: Any, state: dict[str, Any], *, optimizer: bool, final: bool) -> None:
     known = _known(strategy)
     load_module_state(strategy.model, state["model"], "model")
     if state["criterion"] is not None:
@@ -154,18 +186,30 @@ def restore_strategy(strategy: Any, state: dict[str, Any], *, optimizer: bool = 
     if optimizer:
         load_optimizer_state(strategy, state["optimizer"])
     known = _known(strategy)
-    try:
-        for plugin, saved in zip(_stateful(strategy), state["plugins"], strict=True):
-            _load_object(plugin, saved, known, strict=final)
-        attributes = _template_attributes(strategy)
-        load_plain_state(strategy, state["attributes"], known=known, skip=attributes, strict=final)
-        _load_evaluator(strategy.evaluator, state["evaluator"], known)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint doesn't fit the strategy: {error}") from error
+    for plugin, saved in zip(stateful_plugins(strategy), state["plugins"], strict=True):
+        _load_object(plugin, saved, known, strict=final)
+    attributes = _template_attributes(strategy)
+    load_plain_state(strategy, state["attributes"], known=known, skip=attributes, strict=final)
+    _load_evaluator(strategy.evaluator, state["evaluator"], known)
     for plugin, flags in zip(_periodic(strategy), state["periodic"], strict=True):
         plugin.do_initial, plugin.do_final, plugin._is_eval_updated = flags
+    if state["clock"].keys() != vars(strategy.clock).keys():
+        raise CheckpointError(f"the clock has {sorted(vars(strategy.clock))}; the checkpoint {sorted(state['clock'])}")
     vars(strategy.clock).update(state["clock"])
     strategy.loss = state["loss"].to(strategy.device)
+    if final:  # objects that share a part can't be brought to two states
+        place = differing_state(_timeless(state["evaluator"]), _timeless(_evaluator_state(strategy.evaluator, known)))
+        if place is not None:
+            raise CheckpointError(f"the evaluator didn't come back as the checkpoint has it: {place} differs")
+
+
+def _timeless(node: Any) -> Any:
+    """A description without the time that clocks have measured: it comes back rounded."""
+    if isinstance(node, list):
+        return [_timeless(part) for part in node]
+    if isinstance(node, dict):
+        return {key: key == "$elapsed" or _timeless(part) for key, part in node.items()}
+    return node
 
 
 def verify_plugins(strategy: Any, state: dict[str, Any]) -> None:
@@ -174,7 +218,7 @@ def verify_plugins(strategy: Any, state: dict[str, Any]) -> None:
     :raises CheckpointError: a plugin's load_state_dict didn't restore what its state_dict had given.
     """
     known = _known(strategy)
-    for plugin, saved in zip(_stateful(strategy), state["plugins"], strict=True):
+    for plugin, saved in zip(stateful_plugins(strategy), state["plugins"], strict=True):
         if saved["kind"] == "own":
             place = differing_state(saved, _object_state(plugin, known))
             if place is not None:
@@ -182,7 +226,7 @@ def verify_plugins(strategy: Any, state: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------- plugins, criterion, evaluator
-def _stateful(strategy: Any) -> list[Any]:
+def stateful_plugins(strategy: Any) -> list[Any]:
     """Plugins that are saved as such; evaluator, clock and periodic evaluation are saved on their own."""
     apart = (EvaluationPlugin, PeriodicEval, Clock)
     return [p for p in strategy.plugins if _matters(p) and not isinstance(p, apart)]
@@ -292,6 +336,13 @@ def close_writers(strategy: Any) -> None:
         writer.close()
 
 
+def reopen_writers(strategy: Any) -> None:
+    """Open new files for TensorBoard's writers that were closed, now and not at their next event."""
+    for writer in _writers(strategy):
+        if callable(opened := getattr(writer, "_get_file_writer", None)):
+            opened()
+
+
 def unmatched_writers(strategy: Any, patterns: Sequence[str]) -> list[str]:
     """Folders of TensorBoard's writers whose event files no pattern matches."""
     folders = {os.path.dirname(p) for p in matching_files(patterns)}
@@ -309,7 +360,9 @@ __all__ = [
     "close_writers",
     "environment",
     "flush_loggers",
+    "reopen_writers",
     "restore_strategy",
+    "stateful_plugins",
     "structure",
     "structure_differences",
     "unmatched_writers",

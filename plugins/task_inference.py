@@ -25,8 +25,11 @@ from avalanche_firn.models.lora import LoRAComposition
 from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
 from avalanche_firn.plugins.experience_classes import experience_classes, refuse_known_classes
+from avalanche_firn.plugins.finite_words import experience_words, finite_or_stop, not_evaluated
 from avalanche_firn.plugins.lora_composition import LoRACompositionPlugin
 from avalanche_firn.plugins.mahalanobis import MahalanobisTaskInference, vote
+
+_STATISTICS_HELP = "A smaller rate, or precision fp32 or bf16, usually helps."
 
 
 class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
@@ -49,6 +52,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         else one pass. The figures are the same.
     :param seed: of the clusters. :param num_workers: loader processes for the statistics.
     :raises ValueError: no LoRACompositionPlugin before this one, a class comes back in a later experience.
+    :raises NonFiniteError: features that aren't finite, in the statistics of a class or in an evaluation.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         self._view: Any = None  # context of the first pass
         self._end: Any = None  # handle of the hook that leaves it, whatever happens in the pass
         self._hits: list[Tensor] = []  # per experience of an evaluation: routed right, samples of seen classes
+        self._lost: list[tuple[str, Tensor]] = []  # the same: its name, samples whose features aren't finite
         self._owners: tuple[Tensor, Tensor] | None = None  # classes and their tasks, on the device
 
     # ------------------------------------------------------------- in training
@@ -123,8 +128,9 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
                     device=strategy.device,
                     num_workers=self.num_workers,
                 )
-        for class_id in experience_classes(strategy.experience):
-            self.inference.add(class_id, features[targets == class_id], composition.num_closed - 1)
+        with finite_or_stop(strategy, "the statistics for task inference", _STATISTICS_HELP):
+            for class_id in experience_classes(strategy.experience):
+                self.inference.add(class_id, features[targets == class_id], composition.num_closed - 1)
         self._measured = True
 
     # ----------------------------------------------------------- in evaluation
@@ -132,7 +138,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         """Count anew."""
         self._leave()
         self._composition = LoRAComposition(strategy.model)
-        self._hits, self._owners = [], None
+        self._hits, self._lost, self._owners = [], [], None
 
     def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Counters of the experience."""
@@ -140,6 +146,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
             pair = [torch.tensor(ids, dtype=torch.long) for ids in (self.inference.class_ids, self.inference.tasks)]
             self._owners = (pair[0].to(strategy.device), pair[1].to(strategy.device))
         self._hits.append(torch.zeros(2, dtype=torch.long, device=strategy.device))
+        self._lost.append((experience_words(strategy.experience), torch.zeros_like(self._hits[-1][0])))
 
     def before_eval_forward(self, strategy: Any, **kwargs: Any) -> None:
         """The pass that follows goes through the first task's weights, and its features are taken."""
@@ -157,7 +164,8 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         if self._end is None:
             return
         self._leave()
-        tasks = self._infer(self._features.pop())
+        features = self._features.pop()
+        tasks = self._infer(features)
 
         def forward(rows: Tensor | None) -> Tensor:
             if rows is None:
@@ -170,6 +178,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
 
         strategy.mb_output = self._second_pass(self._layers(strategy), find_parts(strategy.model), tasks, forward)
         self._count(tasks, strategy.mb_y)
+        self._lost[-1][1].add_((~features.sum(1).isfinite()).sum())
 
     def after_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Nothing of a pass stays behind, whatever happened in it."""
@@ -178,6 +187,10 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Publish how many samples were routed to their own task, the mean over tasks with samples of seen classes."""
         counts = torch.stack(self._hits).tolist() if self._hits else []
+        lost = torch.stack([bad for _, bad in self._lost]).tolist() if self._lost else []
+        for (place, _), bad in zip(self._lost, lost, strict=True):
+            if bad:
+                raise not_evaluated(strategy, f"{bad} samples have features that aren't finite, so no task", place)
         shares = [right / total for right, total in counts if total]
         if shares:
             step = self._layers(strategy).num_closed  # the clock has not counted yet in a periodic evaluation

@@ -22,12 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.training.plugins import SupervisedPlugin
-from torch import nn
+from torch import Tensor, nn
 
 from avalanche_firn.models.linear_rows import LinearRows, linear_rows
 from avalanche_firn.models.parts import ModelParts, find_parts
+from avalanche_firn.plugins.finite_words import listed, nonfinite_stop
 from avalanche_firn.plugins.probe_head import ParameterFilter, not_linear, task_label_of
 from avalanche_firn.plugins.relearning import relearn
 from avalanche_firn.plugins.row_resampling import (
@@ -196,6 +198,8 @@ class ZappingPlugin(SupervisedPlugin, supports_distributed=False):  # type: igno
         self._exposures: dict[tuple[int, int], int] = {}
         self._zapped_past = False
         self._to_relearn: list[int] = []
+        self._relearnt: list[tuple[int, tuple[int, ...]]] = []  # in this epoch: iteration and classes
+        self._bad: Tensor | None = None  # the first step among all of theirs whose loss isn't finite, -1: none
 
     @classmethod
     def pretraining(
@@ -260,6 +264,14 @@ class ZappingPlugin(SupervisedPlugin, supports_distributed=False):  # type: igno
             if not callable(self.schedule) or self.schedule(strategy):
                 self._zap(strategy)
         self._relearn(strategy)
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """One read in an epoch with relearning: were its losses finite?"""
+        if (what := self.describe_nonfinite(strategy)) is not None:
+            raise nonfinite_stop(
+                strategy, f"epoch {strategy.clock.train_exp_epochs}", what, "A smaller learning rate is needed."
+            )
+        self._relearnt, self._bad = [], None
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The zap after the last epoch or iteration, if wanted; the classes are old ones from here on."""
@@ -354,7 +366,7 @@ class ZappingPlugin(SupervisedPlugin, supports_distributed=False):  # type: igno
     def _relearn(self, strategy: Any) -> None:
         classes, self._to_relearn = self._to_relearn, []
         if classes and self.relearn_steps:
-            relearn(
+            losses = relearn(
                 strategy,
                 self._parts(strategy),
                 classes,
@@ -363,6 +375,22 @@ class ZappingPlugin(SupervisedPlugin, supports_distributed=False):  # type: igno
                 chosen=self.relearn_parameters,
                 generator=self._streams.batches,
             )
+            bad = ~losses.isfinite()
+            known = torch.full_like(bad, -1, dtype=torch.int64)[0] if self._bad is None else self._bad
+            step = len(self._relearnt) * self.relearn_steps + bad.int().argmax()
+            self._bad = torch.where((known < 0) & bad.any(), step, known)
+            self._relearnt.append((int(strategy.clock.train_exp_iterations), tuple(classes)))
+
+    def describe_nonfinite(self, strategy: Any) -> str | None:
+        """The first loss of relearning that isn't finite, if there is one; for the message of a guard, too."""
+        place = -1 if self._bad is None else int(self._bad)
+        if place < 0:
+            return None
+        iteration, classes = self._relearnt[place // self.relearn_steps]
+        return (
+            f"In iteration {iteration}, the loss of step {place % self.relearn_steps} of relearning the classes "
+            f"{listed(classes, 10)} isn't finite"
+        )
 
     def _parts(self, strategy: Any) -> ModelParts:
         return find_parts(strategy.model, None if self.target == "auto" else self.target)

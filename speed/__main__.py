@@ -80,6 +80,12 @@ BENCHMARKS = {
     "lora": Benchmark("a step and an evaluation of LoRA composition at its tenth task", "5 to 10"),
     "zapping": Benchmark("zaps, episodes, transfer and the look at single tasks", "10"),
     "linear_probe": Benchmark("a probe phase on cached features against one without a cache", "2"),
+    "soak": Benchmark(
+        "memory, handles and times over 200 tasks with SLCA and LoRAC-IPC; page and figure",
+        "6 on two cores",
+        "no tensor kept that isn't documented, bytes in use as accounted for, resident ones at most 2.5 times them; "
+        "files, threads and processes flat; training, statistics and alignment grow as their arithmetic",
+    ),
     "dashboards": Benchmark(
         "a report of a hundred runs of a thousand points, made by firn report in a process of its own",
         "2",

@@ -36,6 +36,7 @@ from torch.utils.data import Dataset, default_collate
 from avalanche_firn.benchmarks.batches import WholeBatches, batched, loader_of
 from avalanche_firn.models.parts import evaluation_mode
 from avalanche_firn.plugins.avalanche_state import autocast_of
+from avalanche_firn.plugins.finite_words import listed, nonfinite_stop
 from avalanche_firn.plugins.placed_buffer import PlacedBuffer
 
 _MASKED = -1000.0  # of outputs without a class in Avalanche's IncrementalClassifier; TaskwiseLinearHead's are below
@@ -61,6 +62,10 @@ class LogitBuffer(PlacedBuffer):
         positions = self.places[new, 1].tolist()
         data = strategy.experience.dataset.eval().subset(positions)
         outputs = _outputs(strategy, data, int(kwargs.get("num_workers", 0))) if positions else before[:0]
+        if not bool(outputs.isfinite().all()):
+            classes = self.labels[new][~outputs.isfinite().all(1)].unique().tolist()
+            what = f"those of class {listed(classes, 10)} aren't finite"
+            raise nonfinite_stop(strategy, "the stored logits of DER", what, "A smaller rate, or fp32, usually helps.")
         self.logits = outputs.new_zeros(len(self.places), max(before.shape[1], outputs.shape[1]))
         self.logits[new, : outputs.shape[1]] = outputs
         kept = [row_of[tuple(place)] for place in self.places[~new].tolist()]

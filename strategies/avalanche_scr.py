@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from avalanche_firn.benchmarks.batches import loader_of
 from avalanche_firn.plugins.avalanche_state import autocast_of
+from avalanche_firn.plugins.finite_words import listed, nonfinite_stop
 from avalanche_firn.plugins.placed_buffer import ResumableReplayPlugin, indexable_stream
 
 
@@ -114,12 +115,18 @@ class ResumableSCR(SCR):
         loader = loader_of(data, num_workers=self._workers, batch_size=size, generator=torch.Generator())
         classes = buffer.labels.unique()
         ids, sums = classes.to(self.device)[:, None], torch.zeros((), device=self.device)
+        found: list[tuple[Tensor, Tensor]] = []  # class and a number that isn't finite if a feature isn't, per image
         for images, targets, *_ in loader:
             with autocast_of(self):
                 features = self.model.feature_extractor(images.to(self.device))
+            found.append((targets, features.sum(1)))
             features = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
             sums = sums + (ids == targets.to(self.device)).to(features.dtype) @ features  # (classes, d)
         means = F.normalize(sums, dim=1)  # the number of images doesn't change the direction
+        if not bool(means.isfinite().all()):
+            lost = [int(c) for labels, values in found for c in labels.cpu()[~values.isfinite().cpu()]]
+            what = f"the features of class {listed(sorted(set(lost)), 10)} aren't finite"
+            raise nonfinite_stop(self, "the class means of SCR", what, "A smaller rate, or fp32, usually helps.")
         self.model.eval_classifier.replace_class_means_dict(dict(zip(classes.tolist(), means, strict=True)))
 
 

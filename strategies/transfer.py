@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from avalanche_firn.plugins.random_state import derived_seed
-from avalanche_firn.strategies.transfer_loop import OptimizerFactory, Transfer, TransferResult
+from avalanche_firn.strategies.transfer_loop import OnNonFinite, OptimizerFactory, Transfer, TransferResult
 from avalanche_firn.strategies.transfer_start import HeadStart, TransferTask, prepare_head, transfer_tasks
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def continual_transfer(
     dynamics: TaskDynamics | None = None,
     after_task: Callable[[nn.Module, int], Any] | None = None,
     head_name: str | None = None,
+    on_nonfinite: OnNonFinite = "stop",
 ) -> TransferResult:
     """Fine-tune on one image at a time, task after task, each image once.
 
@@ -81,7 +82,10 @@ def continual_transfer(
     :param dynamics: follows the loss of every task; its tasks are those given here, in the same order.
     :param after_task: called with the model and the number of tasks learnt: with 0 before the first step, then after
         each task.
+    :param on_nonfinite: ``"stop"``: a loss or a weight that isn't finite raises NonFiniteError at the end;
+        ``"record"``: the result says ``diverged`` and counts NaN as wrong, for sweeps of rates.
     :raises ValueError: settings out of range, a task without images.
+    :raises NonFiniteError: see ``on_nonfinite``; the message names step, task and rate.
 
     Returns figures with one row per logging point.
     """
@@ -104,6 +108,7 @@ def continual_transfer(
         device=device,
         head_name=head_name,
         seed=seed,
+        on_nonfinite=on_nonfinite,
     )
     last = len(order)
     if dynamics is not None:
@@ -151,6 +156,7 @@ def iid_transfer(
     device: torch.device | str | None = None,
     dynamics: TaskDynamics | None = None,
     head_name: str | None = None,
+    on_nonfinite: OnNonFinite = "stop",
 ) -> TransferResult:
     """Fine-tune on shuffled batches of the images of all tasks.
 
@@ -183,6 +189,7 @@ def iid_transfer(
         device=device,
         head_name=head_name,
         seed=seed,
+        on_nonfinite=on_nonfinite,
     )
     if dynamics is not None:
         dynamics.start(work.model, device=work.device)

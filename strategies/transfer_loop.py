@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,18 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts, forward_batch
+from avalanche_firn.plugins.finite_words import listed
 from avalanche_firn.plugins.random_state import derived_seed
+from avalanche_firn.plugins.run_errors import NonFiniteError
 from avalanche_firn.strategies.transfer_start import HeadStart, TensorPairs, TransferTask, ends_in, prepare_head
 
-__all__ = ["OptimizerFactory", "Transfer", "TransferResult"]
+__all__ = ["OnNonFinite", "OptimizerFactory", "Transfer", "TransferResult"]
 
 OptimizerFactory = Callable[..., Optimizer]
 """``(parameters, lr=...) -> optimizer``, such as ``torch.optim.SGD`` or a ``functools.partial`` of it."""
+OnNonFinite = Literal["stop", "record"]
+"""What a loss or a weight that isn't finite does: stop the transfer, or end as ``TransferResult.diverged``."""
+_TOGETHER = 1024  # losses looked at together
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class TransferResult:
     model: nn.Module
     """The model after the transfer."""
     diverged: bool
-    """Whether a weight isn't finite."""
+    """Whether a loss or a weight wasn't finite; only with ``on_nonfinite="record"``, else that stops the transfer."""
     seen: tuple[int, ...]
     """Number of tasks learnt at each logging point."""
 
@@ -80,7 +85,10 @@ class Transfer:
         device: torch.device | str | None,
         head_name: str | None,
         seed: int,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
+        if on_nonfinite not in get_args(OnNonFinite):
+            raise ValueError(f"on_nonfinite is {on_nonfinite!r}; 'stop' or 'record' is accepted")
         if not tasks:
             raise ValueError("tasks is empty; at least one task is needed")
         if not 0 <= lr < float("inf"):
@@ -136,7 +144,10 @@ class Transfer:
             self.step_model = parts.head
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = optimizer(self.parameters, lr=lr)
-        self.log_train = log_train
+        self.log_train, self.lr, self.on_nonfinite = log_train, lr, on_nonfinite
+        self._losses: list[Tensor] = []  # not looked at yet
+        self._steps = 0  # looked at
+        self._first = torch.tensor(-1, device=device)  # of these, the first whose loss isn't finite
         self.rows: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.logged: list[int] = []
 
@@ -148,8 +159,36 @@ class Transfer:
     def step(self, rows: Any) -> None:
         """One step of the optimizer on the mean loss of some images."""
         self.optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(self.step_model(self.step_images[rows]), self.labels[rows]).backward()
+        loss = F.cross_entropy(self.step_model(self.step_images[rows]), self.labels[rows])
+        loss.backward()
         self.optimizer.step()
+        self._losses.append(loss.detach())
+        if len(self._losses) >= _TOGETHER:
+            self._look()
+
+    def _look(self) -> None:
+        """Note the first loss that isn't finite, on the device."""
+        if self._losses:
+            bad = ~torch.stack(self._losses).isfinite()
+            here = torch.where(bad.any(), self._steps + bad.int().argmax(), -1)
+            self._first = torch.where(self._first < 0, here, self._first)
+            self._steps += len(self._losses)
+            self._losses = []
+
+    def _wrong(self, *, sequential: bool) -> str:
+        """What wasn't finite, empty if all was; one read."""
+        self._look()
+        finite = torch.stack([p.isfinite().all() for p in self.parameters]).all()
+        step, fine = torch.stack([self._first, finite.to(self._first)]).tolist()
+        if step >= 0:
+            ends = torch.tensor(self.counts).cumsum(0).tolist()
+            task = next((i for i, end in enumerate(ends) if step < end), None) if sequential else None
+            where = "" if task is None else f", in task {self.order[task]} ({task} tasks learnt before)"
+            return f"the loss of step {step} of {self._steps} isn't finite{where}"
+        if fine:
+            return ""
+        names = [n for n, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        return f"after {self._steps} steps {listed(names)} isn't finite"
 
     def log(self, point: int) -> None:
         """A row of accuracies; nothing waits for the device."""
@@ -178,9 +217,17 @@ class Transfer:
         return shares[0], shares[1]
 
     def result(self, *, sequential: bool) -> TransferResult:
-        """All figures, on the CPU."""
+        """All figures, on the CPU.
+
+        :raises NonFiniteError: a loss or a weight that isn't finite, with ``on_nonfinite="stop"``.
+        """
         test, train, top5 = zip(*self.rows, strict=True)
-        diverged = not bool(torch.stack([p.isfinite().all() for p in self.parameters]).all())
+        wrong = self._wrong(sequential=sequential)
+        if wrong and self.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"transfer with lr {self.lr:g} ({type(self.optimizer).__name__}): {wrong}. A smaller lr is needed; in "
+                "a sweep of several rates one that diverges only counts as the worst."
+            )
         return TransferResult(
             logged_after=tuple(self.logged),
             test_accuracy=torch.stack(test).cpu(),
@@ -189,6 +236,6 @@ class Transfer:
             order=self.order,
             test_counts=self.test_counts,
             model=self.model,
-            diverged=diverged,
+            diverged=bool(wrong),
             seen=tuple(self.logged) if sequential else (len(self.order),) * len(self.logged),
         )

@@ -71,7 +71,7 @@ def sweep_rates(
     :param transfer: :func:`~avalanche_firn.strategies.transfer.continual_transfer` or ``iid_transfer``.
     :param tasks: for a choice that counts, of validation classes.
     :param trials: seeds ``seed, seed + 1, ...``, the same for every rate. 3: our choice; 10 in the released sweep.
-    :param settings: passed on to ``transfer``.
+    :param settings: passed on to ``transfer``; a rate that diverges is recorded and stops nothing.
     :raises ValueError: no rates, the same one twice or out of range, no trial.
     """
     if not rates or len(set(rates)) != len(rates):
@@ -80,10 +80,11 @@ def sweep_rates(
         raise ValueError(f"rates is {list(rates)}; finite rates, 0 or above, are accepted")
     if trials < 1:
         raise ValueError(f"trials is {trials}; 1 and above is accepted")
+    recorded: dict[str, Any] = {"on_nonfinite": "record", **settings}
     curves, diverged = [], []
     logged: tuple[int, ...] = ()
     for rate in rates:
-        runs = [transfer(model, tasks, lr=rate, seed=seed + trial, **settings) for trial in range(trials)]
+        runs = [transfer(model, tasks, lr=rate, seed=seed + trial, **recorded) for trial in range(trials)]
         curves.append(torch.stack([run.curve for run in runs]))
         diverged.append(torch.tensor([run.diverged for run in runs]))
         logged = runs[0].logged_after

@@ -1,5 +1,6 @@
 """5-Datasets on miniature files in torchvision's layouts. Pixels say data set, part, class and number."""
 
+import dataclasses
 import hashlib
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
+from avalanche_firn.benchmarks import cifar
 from avalanche_firn.benchmarks import five_datasets as module
 from avalanche_firn.benchmarks.downloads import DownloadError, RemoteFile
 from avalanche_firn.benchmarks.five_datasets import (
@@ -60,18 +62,19 @@ def md5(path):
     return hashlib.md5(Path(path).read_bytes()).hexdigest()
 
 
-class TinyCifar(torch.utils.data.Dataset):
-    """Stands in for torchvision's CIFAR10, whose files are pickles with fixed checksums."""
-
-    base_folder, url, meta = "cifar-10-batches-py", "https://example.org/cifar.tar.gz", {"filename": "batches.meta"}
-    train_list, test_list = [["data_batch_1", "0" * 32]], [["test_batch", "0" * 32]]
-
-    def __init__(self, root, train=True, download=False):
-        part = "train" if train else "test"
-        self.targets = labels_of(part).tolist()
-        red = np.array([code("cifar10", part, c) for c in self.targets], dtype=np.uint8)
-        self.data = np.zeros((len(red), 32, 32, 3), dtype=np.uint8)
-        self.data[..., 0] = red[:, None, None]
+def write_cifar(root, monkeypatch):
+    """The binary version: records of a label and three planes."""
+    folder, sums = root / "cifar-10-batches-bin", {}
+    folder.mkdir()
+    for part, name in (("train", "data_batch_1.bin"), ("test", "test_batch.bin")):
+        labels = labels_of(part)
+        rows = np.zeros((len(labels), 1 + 3 * 1024), dtype=np.uint8)
+        rows[:, 0] = labels
+        rows[:, 1:1025] = [[code("cifar10", part, c)] for c in labels]
+        (folder / name).write_bytes(rows.tobytes())
+        sums[part] = {name: md5(folder / name)}
+    files = dataclasses.replace(cifar.CIFAR[10], binary=("cifar-10-batches-bin", sums))
+    monkeypatch.setitem(cifar.CIFAR, 10, files)
 
 
 def write_svhn(root, part, monkeypatch):
@@ -112,10 +115,7 @@ def root(tmp_path, monkeypatch):
         write_grey(folder, "mnist", "MNIST", part)
         write_grey(folder, "fashion_mnist", "FashionMNIST", part)
     write_letters(folder)
-    (folder / "cifar-10-batches-py").mkdir()
-    for file in ("data_batch_1", "test_batch", "batches.meta"):
-        (folder / "cifar-10-batches-py" / file).write_bytes(b"")
-    monkeypatch.setattr(module.vision, "CIFAR10", TinyCifar)
+    write_cifar(folder, monkeypatch)
     return folder
 
 
@@ -149,7 +149,7 @@ def test_order_and_number_of_the_data_sets_are_the_users(root):
     stream = build(root, datasets=("notmnist", "svhn"), name="two")
     assert stream.name == "two" and stream.task_sizes == (10, 10) and stream.num_classes == 20
     assert min(samples(stream.train[0]))[0] == CODES["notmnist"] and stream.class_names[10] == "svhn/0"
-    for absent in ("MNIST", "FashionMNIST", "cifar-10-batches-py"):
+    for absent in ("MNIST", "FashionMNIST", "cifar-10-batches-bin"):
         shutil.rmtree(root / absent)
     assert build(root, datasets=["notmnist", "svhn"]).fingerprint == stream.fingerprint
     assert build(root, datasets=["svhn", "notmnist"]).fingerprint != stream.fingerprint
@@ -227,7 +227,7 @@ def test_a_known_name_that_opens_is_used(root):
         ("svhn", "test_32x32.mat"),
         ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte"),
         ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
-        ("cifar10", "cifar-10-batches-py/batches.meta"),
+        ("cifar10", "cifar-10-batches-bin/test_batch.bin"),
     ],
 )
 def test_absent_files_are_named(root, key, file):

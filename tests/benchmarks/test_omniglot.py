@@ -146,35 +146,38 @@ def test_refuses_incomplete_and_unknown(tmp_path):
 
 
 # ------------------------------------------------------------------- download
+def serve(monkeypatch, calls, alphabets):
+    """Instead of the network: `alphabets` of a name in the place of its archive."""
+
+    def fetch(file, folder):
+        assert len(file.md5) == 32 and file.url.endswith(f"/omniglot/master/python/{file.name}")
+        calls.append(file.name)
+        return folder / file.name
+
+    def unpack(archive, folder, *, marker):
+        assert archive == folder / f"{marker}.zip" and folder.name == "omniglot-py"
+        write(folder / marker, alphabets(marker))
+
+    monkeypatch.setattr("avalanche_firn.benchmarks.omniglot.fetch", fetch)
+    monkeypatch.setattr("avalanche_firn.benchmarks.omniglot.unpack", unpack)
+
+
 def test_download_only_where_it_is_asked_for_and_needed(tmp_path, monkeypatch, sizes):
     calls = []
-
-    def fetch(root, background, download):
-        assert download
-        calls.append(background)
-        name = "images_background" if background else "images_evaluation"
-        write(Path(root) / "omniglot-py" / name, BACKGROUND if background else {"Other": 2})
-
-    monkeypatch.setattr("torchvision.datasets.Omniglot", fetch)
+    serve(monkeypatch, calls, lambda name: BACKGROUND if name == "images_background" else {"Other": 2})
     with pytest.raises(StreamError, match="neither"):
         omniglot_classes(tmp_path, "background")
     assert calls == []
     first = omniglot_classes(tmp_path, "background", download=True)
     assert omniglot_classes(tmp_path, "background", download=True).fingerprint() == first.fingerprint()
-    assert calls == [True]
-    assert omniglot_classes(tmp_path, "evaluation", download=True).num_classes == 2 and calls == [True, False]
+    assert calls == ["images_background.zip"]
+    assert omniglot_classes(tmp_path, "evaluation", download=True).num_classes == 2
+    assert calls == ["images_background.zip", "images_evaluation.zip"]
 
 
 def test_download_of_the_small_subsets(tmp_path, monkeypatch, sizes):
     calls = []
-
-    def fetch(url, root, filename, md5):
-        assert len(md5) == 32 and url.endswith(f"/omniglot/master/python/{filename}")
-        calls.append(filename)
-        alphabets = {"Greek": 2, "Korean": 2} if "small1" in filename else {"Greek": 2, "Tagalog": 2}
-        write(Path(root) / filename.removesuffix(".zip"), alphabets)
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
+    serve(monkeypatch, calls, lambda n: {"Greek": 2, "Korean": 2} if "small1" in n else {"Greek": 2, "Tagalog": 2})
     assert omniglot_classes(tmp_path, "small", download=True).num_classes == 6
     assert calls == ["images_background_small1.zip", "images_background_small2.zip"]
     assert (tmp_path / "omniglot-py" / "images_background_small1").is_dir()

@@ -13,6 +13,7 @@ from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche_firn.benchmarks.streams import eager_stream
 from avalanche_firn.evaluation.representation import RepresentationProbe
 from avalanche_firn.models import FeatureCache
+from avalanche_firn.models.finite_values import NonFiniteValues
 
 sys.path.append(str(Path(__file__).parent))
 from representation_cases import ALL, FAST, Tiny, learner, plain, rows_of, train
@@ -130,22 +131,26 @@ def test_classes_that_are_not_contiguous_and_single_classes(stream):
             assert (matrix.accuracy == 1).all() if bench is single else matrix.accuracy.mean() > 0.6
 
 
-def test_a_diverged_representation_is_wrong_everywhere(stream):
+def test_a_representation_that_is_not_finite_has_no_accuracy(stream):
     bench = stream()
     probe = RepresentationProbe(bench.train_stream, bench.test_stream, **FAST)
     model = learner(plain).model
     with torch.no_grad():
         model.backbone[0].weight.fill_(math.nan)
-    for counts in probe.measure(model, 0, tasks=range(3)).values():
-        assert counts == dict.fromkeys(range(3), (0, 18))
+    with pytest.raises(
+        NonFiniteValues, match=r"^train data of task 0: the features of class 0 \(12 of 12 samples\), 1"
+    ):
+        probe.measure(model, 0, tasks=range(3))
     model = learner(plain).model
     rows = bench.test_stream[1].dataset.eval()
-    finite = probe.measure(model, 0, tasks=[1])
+    probe.measure(model, 0, tasks=[1])
     rows[0][0].fill_(math.inf)  # the stored tensor itself: one test sample is broken
     probe.cache.clear()
     probe._images.clear()
-    for name, counts in probe.measure(model, 0, tasks=[1]).items():
-        assert finite[name][1][0] - counts[1][0] in (0, 1)
+    with pytest.raises(
+        NonFiniteValues, match=r"^test data of task 1: the features of class \d \(1 of \d+ samples\): not"
+    ):
+        probe.measure(model, 0, tasks=[1])
 
 
 # ---------------------------------------------------------------------- protocol

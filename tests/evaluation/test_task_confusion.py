@@ -21,6 +21,7 @@ from avalanche_firn.benchmarks import digits_stream
 from avalanche_firn.evaluation import ResultMatrixMetric
 from avalanche_firn.evaluation.task_confusion import TaskConfusion, confusion_shares
 from avalanche_firn.plugins import FastPathPlugin
+from avalanche_firn.plugins.run_errors import NonFiniteError
 
 
 class Stream(list):
@@ -68,13 +69,14 @@ def counted(rows, tasks):
 
 @st.composite
 def problems(draw):
-    """Tasks over class ids with gaps, logits with ties, infinities and NaN over more or fewer classes, targets."""
+    """Tasks over class ids with gaps, logits with ties and infinities over more or fewer classes, targets."""
     ids = draw(st.lists(st.integers(0, 14), min_size=2, max_size=8, unique=True))
     cuts = sorted(draw(st.sets(st.integers(1, len(ids) - 1), max_size=3)))
     tasks = [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
     width, rows = draw(st.integers(1, 18)), draw(st.integers(1, 20))
-    entry = st.one_of(st.integers(-2, 2).map(float), st.sampled_from([math.inf, -math.inf, math.nan]))
-    logits = draw(st.lists(st.lists(entry, min_size=width, max_size=width), min_size=rows, max_size=rows))
+    entry = st.one_of(st.integers(-2, 2).map(float), st.just(-math.inf))
+    finite = st.lists(entry, min_size=width, max_size=width).filter(lambda row: max(row) > -math.inf)
+    logits = draw(st.lists(finite, min_size=rows, max_size=rows))
     targets = draw(st.lists(st.sampled_from(ids), min_size=rows, max_size=rows))
     return tasks, torch.tensor(logits, dtype=torch.float32), torch.tensor(targets)
 
@@ -113,6 +115,19 @@ def test_equals_the_loop(problem, batch, joint):
     share = sum(counts[i][i] for i in range(len(tasks))) / len(targets)
     assert emitted == {"accuracy/within-task": (0 if joint else len(tasks) - 1, share)}
     assert share >= matrix.matrix.summary()["accuracy/last"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_is_no_wrong_answer(value):
+    for kind in (TaskConfusion, ResultMatrixMetric) if math.isnan(value) else (ResultMatrixMetric,):
+        metric, stream = kind(image=False), stream_of_classes([[0], [1]])
+        for experience in stream_of_classes([[0], [1]], "train"):
+            learn(metric, experience)
+        logits = torch.zeros(4, 2)
+        logits[3, 0] = value
+        words = r"^evaluation of experience 1 .*of the stream 'test': the outputs of 1 "
+        with pytest.raises(NonFiniteError, match=words):
+            evaluate(metric, stream, logits, torch.tensor([0, 0, 1, 1]), batch=3)
 
 
 def test_batches_beyond_those_that_are_added_up_at_once():

@@ -77,6 +77,7 @@ def test_what_may_change_figures_is(values: dict[str, Any]) -> None:
 
 def test_every_field_is_one_or_the_other() -> None:
     harmless = {"fast_path", "memory", "memory_gb", "one_pass_evaluation", "persistent_workers", "prefetch_factor"}
+    harmless |= {"finite_guard", "worker_timeout"}
     assert set(PerformanceConfig.model_fields) == harmless | set(FIGURES)
     assert changed_figures({}) == changed_figures(PerformanceConfig().model_dump()) == {}
     keys = {key: text for key, _, text in explain_keys(Config)}

@@ -51,8 +51,17 @@ def make_run(
         "cost": {"seconds": changes.get("seconds", 5400.0), "device": "cuda"},
     }
     if hasattr(config, "transfer"):
-        own = {"figures": figures, "diverged": False, "rates": {}, "sweeps": {}}
-        results |= {"experiment": "transfer", "data": {"source": "x", "fingerprint": "f"}, "optimizers": {"adam": own}}
+        own = {"figures": figures, "diverged": False, "rates": {}, "sweeps": {}, "optimizer": {"name": "adam"}}
+        own |= {"continual": {"accuracy": [0.25], "curves": [[0.25]]}, "logged_after": [1], "shocks": []}
+        results |= {
+            "experiment": "transfer",
+            "data": {"source": "x", "fingerprint": "f"},
+            "network": {"name": "convnet_28", "parameters": 100},
+            "pretraining": {},
+            "optimizers": {"adam": own},
+        }
+        rest = {"rates_chosen_on": "validation", "trainable": "all", "head": "kaiming", "tasks": 1, "trials": 1}
+        results["protocol"] = rest | {"zap": False} | results["protocol"]
     else:
         curves = {tag: [1.0, value] for tag, value in figures.items()} | {"slca/long": [0.0] * 500}
         results |= {

@@ -238,3 +238,10 @@ def test_wrong_options(tmp_path, capsys, more, match):
     with pytest.raises(SystemExit) as info:
         pretrain.main(arguments(tmp_path, tmp_path / "w.safetensors", *more))
     assert info.value.code == 2 and match in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(tree, tmp_path, capsys):
+    (tmp_path / "w.checkpoint.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(arguments(tree, tmp_path / "w.safetensors"))
+    assert "w.checkpoint.safetensors can't be read" in (told := capsys.readouterr().err) and "--fresh" in told

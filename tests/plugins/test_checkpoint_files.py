@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avalanche_firn.plugins import checkpoint_files as files
+from avalanche_firn.plugins import folder_lock
 from avalanche_firn.plugins.checkpoint_files import CheckpointError
 from avalanche_firn.plugins.plain_state import differing_state, from_plain, to_plain
 
@@ -257,7 +258,6 @@ def test_a_lock_ends_with_its_process_but_not_in_its_children(tmp_path):
 
 
 def _try_lock(folder: Path) -> None:
-    files._OWNERS.clear()  # as a process of its own would have it
     try:
         files.lock_directory(folder, Owner, lambda: None)
     except CheckpointError as error:
@@ -273,5 +273,5 @@ def test_a_second_owner_in_the_process_takes_over(tmp_path):
     files.lock_directory(tmp_path, second, second.stop)
     assert first.stopped and not second.stopped
     files.unlock_directory(tmp_path, first)  # no longer the owner: nothing happens
-    assert tmp_path.resolve() in files._OWNERS
+    assert tmp_path.resolve() in folder_lock._OWNERS
     files.unlock_directory(tmp_path, second)

@@ -27,6 +27,7 @@ from avalanche_firn.plugins.contrastive_losses import (
     distillation_coefficient,
     relation_distillation,
 )
+from avalanche_firn.plugins.run_errors import NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:No loggers specified", "ignore::DeprecationWarning", "ignore:the coefficient was at its floor"
@@ -656,6 +657,6 @@ def test_losses_that_are_not_finite(stream_of, window):
     x[y == 2] = float("inf")
     strategy = naive(network(), ContrastiveDistillationPlugin(average_over=window))
     with pytest.raises(
-        ValueError, match=r"contrastive loss became nan and the distillation nan in experience 1, epoch 0"
+        NonFiniteError, match=r"^experience 1 .*, epoch 0: the contrastive loss became nan and the distillation nan"
     ):
         train(strategy, stream_of(x, y, [2, 2, 2]).train_stream)

@@ -17,6 +17,7 @@ from avalanche_firn.models.least_squares import least_squares_head
 from avalanche_firn.models.parts import with_taskwise_head
 from avalanche_firn.plugins.plain_state import differing_state, to_plain
 from avalanche_firn.plugins.random_state import capture_random_state, derived_seed
+from avalanche_firn.plugins.run_errors import NonFiniteError
 from avalanche_firn.strategies.transfer import continual_transfer, iid_transfer
 from avalanche_firn.strategies.transfer_start import TransferTask, prepare_head, transfer_tasks
 
@@ -449,7 +450,15 @@ def test_a_run_that_diverges_says_so_and_counts_nan_as_wrong(transfer, trainable
     options = {"epochs": 4, "batch_size": 2} if transfer is iid_transfer else {}
     model, given = network(dtype=torch.float32), tasks(torch.float32, spread=100.0)
     del model.backbone[2]  # features without a bound
-    result = transfer(model, given, lr=1e38, optimizer=torch.optim.SGD, trainable=trainable, **options)
+    options |= dict(lr=1e38, optimizer=torch.optim.SGD, trainable=trainable)
+    place = r"in task \d" if transfer is continual_transfer else ""
+    with pytest.raises(
+        NonFiniteError, match=rf"^transfer with lr 1e\+38 \(SGD\): the loss of step \d+ of \d+ isn't finite.*{place}"
+    ):
+        transfer(model, given, **options)
+    with pytest.raises(ValueError, match="on_nonfinite is 'never'; 'stop' or 'record' is accepted"):
+        transfer(model, given, on_nonfinite="never", **options)
+    result = transfer(model, given, on_nonfinite="record", **options)
     assert result.diverged
     assert result.model(given[0].test_images).isnan().all()
     assert not result.test_accuracy[-1].any() and not result.test_top5[-1].any() and result.accuracy == 0
@@ -460,7 +469,7 @@ def test_a_few_nans_are_wrong_too():
     model = network()
     with torch.no_grad():
         model.head.bias[4] = float("nan")
-    result = continual_transfer(model, tasks(spread=0.1), lr=0.0, head="given")
+    result = continual_transfer(model, tasks(spread=0.1), lr=0.0, head="given", on_nonfinite="record")
     assert not result.test_accuracy.any() and not result.test_top5.any() and result.diverged
 
 
