@@ -34,6 +34,7 @@ _NUMBER = re.compile(
     r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
 _BREAKS = re.compile("[\r\x85\u2028\u2029]")  # ends of lines that YAML folds, but for the usual one
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # how JSON, which is YAML too, writes a rare letter
 _WORDS = {"yes": True, "no": False, "true": True, "false": False, "on": True, "off": False}
 _NOTHING = ("", "~", "null", "Null", "NULL")
 
@@ -71,7 +72,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
-        text = str(self.construct_scalar(node))
+        text = _PAIR.sub(_joined, str(self.construct_scalar(node)))
         if (letter := unprintable(text)) is not None:
             raise ConstructorError(None, None, f"the letter {letter} can't stand in a text", node.start_mark)
         return text
@@ -102,6 +103,10 @@ class _Loader(yaml.SafeLoader):
         text = str(self.construct_scalar(node))
         if text not in _NOTHING:
             raise ConstructorError(None, None, f"{_shown(text)} isn't null", node.start_mark)
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair.group().encode("utf-16-le", "surrogatepass").decode("utf-16-le")
 
 
 def _shown(value: object) -> str:

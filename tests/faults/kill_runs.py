@@ -356,3 +356,4 @@ class Runs:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # what was imported takes seconds to say goodbye

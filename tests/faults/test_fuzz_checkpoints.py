@@ -268,7 +268,7 @@ def changed(run: Stopped, tmp_path: Path, change: Callable[[Path, Path], str], *
     TOLD[f"{kind}{', sums anew' if sums else ''}", outcome] += 1
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(700, 30, 2))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(700, 20, 2))
 def test_bytes_that_change_are_noticed(stopped: dict[str, Stopped], tmp_path: Path, part: int, cases: int) -> None:
     def check(data: st.DataObject) -> None:
         run, name = stopped[data.draw(st.sampled_from(sorted(STOPS)))], data.draw(st.sampled_from(damage.FILES))
@@ -277,7 +277,7 @@ def test_bytes_that_change_are_noticed(stopped: dict[str, Stopped], tmp_path: Pa
     calls.explore(check, part=part, cases=cases, data=st.data())
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(300, 25, 1))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(300, 18, 1))
 def test_files_that_are_something_else(stopped: dict[str, Stopped], tmp_path: Path, part: int, cases: int) -> None:
     def check(data: st.DataObject) -> None:
         run = stopped[data.draw(st.sampled_from(sorted(STOPS)))]
@@ -286,7 +286,7 @@ def test_files_that_are_something_else(stopped: dict[str, Stopped], tmp_path: Pa
     calls.explore(check, part=part, cases=cases, data=st.data())
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(800, 40, 2))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(800, 25, 2))
 def test_states_with_new_sums(stopped: dict[str, Stopped], tmp_path: Path, part: int, cases: int) -> None:
     def check(data: st.DataObject) -> None:
         run = stopped[data.draw(st.sampled_from(sorted(STOPS)))]
@@ -295,7 +295,7 @@ def test_states_with_new_sums(stopped: dict[str, Stopped], tmp_path: Path, part:
     calls.explore(check, part=part, cases=cases, data=st.data())
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(300, 20, 1))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(300, 12, 1))
 def test_states_with_a_new_form_too(stopped: dict[str, Stopped], tmp_path: Path, part: int, cases: int) -> None:
     """Who knows the format can write any state: it is refused in words, or fails aloud where it is used."""
 
@@ -317,7 +317,7 @@ def test_states_with_a_new_form_too(stopped: dict[str, Stopped], tmp_path: Path,
     calls.explore(check, part=part, cases=cases, data=st.data())
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(500, 30, 1))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(500, 18, 1))
 def test_tensors_with_new_sums(stopped: dict[str, Stopped], tmp_path: Path, part: int, cases: int) -> None:
     def check(data: st.DataObject) -> None:
         run = stopped[data.draw(st.sampled_from(sorted(STOPS)))]

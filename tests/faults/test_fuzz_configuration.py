@@ -193,7 +193,7 @@ def right_recipes(draw: Any) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------ fuzzing
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(2400, 60, 4))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(2400, 45, 4))
 def test_recipes_with_things_changed(arena: Arena, part: int, cases: int) -> None:
     def check(raw: Any, command: tuple[str, ...]) -> None:
         file = arena.folder / "case.yaml"
@@ -208,7 +208,7 @@ def test_recipes_with_things_changed(arena: Arena, part: int, cases: int) -> Non
     assert arena.count >= cases and arena.statuses[0] > cases / 40, arena.statuses
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(1200, 40, 2))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(1200, 25, 2))
 def test_texts_that_are_no_recipes(arena: Arena, part: int, cases: int) -> None:
     def check(text: bytes, resumed: bool) -> None:
         folder = arena.folder / "run"
@@ -221,7 +221,7 @@ def test_texts_that_are_no_recipes(arena: Arena, part: int, cases: int) -> None:
     assert arena.count >= cases * 0.9, arena.statuses
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(1600, 60, 3))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(1600, 45, 3))
 def test_command_lines(arena: Arena, part: int, cases: int) -> None:
     def check(data: st.DataObject) -> None:
         recipe = data.draw(st.sampled_from(sorted(fuzz.recipes())))
@@ -246,7 +246,7 @@ LINES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(600, 40, 1))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(600, 30, 1))
 def test_paths_of_all_commands(arena: Arena, part: int, cases: int) -> None:
     """Any text where a path is expected; an output is the folder that was asked for, letter by letter."""
 
@@ -263,7 +263,7 @@ def test_paths_of_all_commands(arena: Arena, part: int, cases: int) -> None:
         written = set(calls.snapshot(arena.folder)) - set(before)
         assert not written or found.status == 0, written
         if found.status == 0 and line[-1:] == ("--output",):
-            assert arena.seen["config"].output == path or repr(path) != f"'{path}'"
+            assert arena.seen["config"].output == path
         for name in sorted(written, reverse=True):
             where = arena.folder / name
             where.rmdir() if where.is_dir() and not where.is_symlink() else where.unlink()
@@ -271,7 +271,7 @@ def test_paths_of_all_commands(arena: Arena, part: int, cases: int) -> None:
     calls.explore(check, part=part, cases=cases, line=st.sampled_from(LINES), path=PATHS)
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(240, 6, 2))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(240, 4, 2))
 def test_what_is_accepted_runs(arena: Arena, part: int, cases: int) -> None:
     """Two steps in each of two tasks: what the schema accepts trains, or is refused in words."""
 
@@ -434,7 +434,7 @@ def test_a_copy_of_a_recipe_never_goes_over_a_file(arena: Arena) -> None:
     assert load_experiment("1e5.yaml").name == "1e5"
 
 
-@pytest.mark.parametrize("path", ["a\\b", "it's", "a\tb", "é\\n"])
+@pytest.mark.parametrize("path", ["a\\b", "it's", "a\tb", "é\\n", "😀"])
 def test_an_output_is_the_folder_that_was_asked_for(arena: Arena, path: str) -> None:
     assert calls.call("compare", "digits", "--output", path).status == 0
     assert arena.seen["config"].output == path
