@@ -11,7 +11,8 @@ An archive is data from outside. What ends the unpacking, with nothing left behi
   not as the archive says; or more than the disk has free.
 
 The rules are checked here, because tarfile's own filters are missing in older patch releases of Python 3.10 and 3.11
-and bound no sizes. tarfile reads long names and headers into memory in one piece: such pieces are bounded too.
+and bound no sizes. Memory is bounded too: tarfile keeps all headers before a member (long names, maps of holes), and
+zipfile decompresses bzip2 and LZMA without a bound, so that a zip may only be stored or deflated.
 
 Cost: one pass over the archive, 60 us a member.
 """
@@ -41,7 +42,8 @@ from avalanche_firn.benchmarks.member_names import DEEPEST, LONGEST, Parts, memb
 from avalanche_firn.benchmarks.streams import StreamError
 
 _BLOCK = 1 << 20  # bytes per read
-_PIECE = 1 << 24  # bytes that tarfile may read at once, a header with names; our choice
+_PIECE = 1 << 20  # bytes of all headers before a member; our choice: a long name has some hundred
+_GLOBAL = 64  # entries that a tar keeps for all its members; our choice: git writes one
 _BROKEN = (  # what the readers of tar, gzip, bzip2, xz and zip raise on damaged data
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
     *(OSError, RuntimeError, NotImplementedError, ValueError, LookupError, OverflowError, AssertionError),
@@ -107,7 +109,7 @@ def unpack(archive: str | Path, folder: str | Path, *, marker: str | None = None
             place = _Place(archive, inside, limits or Limits())
             with open(archive, "rb") as file:
                 if (tar := _opened_tar(file, place)) is not None:
-                    _unpack_tar(tar, place)
+                    _unpack_tar(*tar, place)
                 elif zipfile.is_zipfile(file):
                     _unpack_zip(file, place)
                 else:
@@ -216,24 +218,39 @@ def _broken_is_named(archive: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------- tar
 class _Counted(io.RawIOBase):
-    """A stream that tarfile reads: no large piece at once, and not beyond what may come out of the archive."""
+    """A stream that tarfile reads: few bytes of headers, and not beyond what may come out of the archive."""
 
     def __init__(self, stream: Any, place: _Place) -> None:
         self._stream, self._place = stream, place
+        self._headers: int | None = 0  # bytes since the last member; None while a content is read
+
+    def next_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        """The next member, after headers of a bounded size: tarfile keeps all of them until it comes."""
+        self._headers = 0
+        member = tar.next()
+        self._headers = None
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+        kept = tar.pax_headers  # those of all members
+        if len(kept) > _GLOBAL or sum(len(key) + len(str(value)) for key, value in kept.items()) > _PIECE:
+            raise self._place.refused(f"holds a header of {len(kept)} entries for all members; accepted: a short one")
+        return member
 
     def _check(self, position: int) -> None:
         self._place.check_total(position - 2048 * (self._place.members + 8192))  # without headers and padding
 
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > _PIECE:
-            raise self._place.refused(f"holds a header of {size:,} bytes; accepted: at most {_PIECE:,}")
+        known = max(size, 0) + (self._headers or 0)
+        if size < 0 or known > _PIECE:
+            raise self._place.refused(f"holds a header of {known:,} bytes; accepted: at most {_PIECE:,}")
         data: bytes = self._stream.read(size)
+        if self._headers is not None:
+            self._headers = known
         self._check(self._stream.tell())
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         assert whence == io.SEEK_SET
-        while (left := offset - self._stream.tell()) > _PIECE:  # decompressed on the way
+        while (left := offset - self._stream.tell()) > _BLOCK:  # decompressed on the way
             if not self._stream.read(min(left, _BLOCK)):
                 break
             self._check(self._stream.tell())
@@ -243,8 +260,8 @@ class _Counted(io.RawIOBase):
         return int(self._stream.tell())
 
 
-def _opened_tar(file: IO[bytes], place: _Place) -> tarfile.TarFile | None:
-    """The archive as a tar, or None if it is none."""
+def _opened_tar(file: IO[bytes], place: _Place) -> tuple[tarfile.TarFile, _Counted] | None:
+    """The archive as a tar, and what it reads; None if it is none."""
     magic = file.read(6)
     file.seek(0)
     stream: Any = file
@@ -254,8 +271,9 @@ def _opened_tar(file: IO[bytes], place: _Place) -> tarfile.TarFile | None:
         stream = bz2.BZ2File(file)
     elif magic == b"\xfd7zXZ\x00":
         stream = lzma.LZMAFile(file)  # noqa: SIM115  as long as the file
+    counted = _Counted(stream, place)
     try:
-        return tarfile.TarFile(fileobj=_Counted(stream, place), mode="r")  # type: ignore[arg-type]
+        return tarfile.TarFile(fileobj=counted, mode="r"), counted  # type: ignore[arg-type]
     except StreamError:
         raise
     except _BROKEN:
@@ -263,10 +281,9 @@ def _opened_tar(file: IO[bytes], place: _Place) -> tarfile.TarFile | None:
         return None
 
 
-def _unpack_tar(tar: tarfile.TarFile, place: _Place) -> None:
+def _unpack_tar(tar: tarfile.TarFile, counted: _Counted, place: _Place) -> None:
     links: list[tuple[Parts, Parts]] = []
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+    while (member := counted.next_member(tar)) is not None:
         place.count_member()
         parts = place.parts(member.name)
         if member.isdir():
@@ -290,6 +307,11 @@ def _unpack_zip(file: IO[bytes], place: _Place) -> None:
     links: list[tuple[Parts, Parts]] = []
     with zipfile.ZipFile(file) as members:
         announced = sum(info.file_size for info in members.infolist())
+        if odd := [i for i in members.infolist() if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]:
+            raise place.refused(
+                f"holds {shortened(odd[0].filename)}, compressed by method {odd[0].compress_type} of zip; accepted: "
+                "stored or deflated members"
+            )
         place.check_total(announced)
         place.check_room(announced)
         for info in members.infolist():

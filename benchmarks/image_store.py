@@ -11,6 +11,7 @@ Cost: as long as one epoch of a loader with as many workers as there are cores, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -154,6 +155,7 @@ def decode(
     Raises:
         UnevenImagesError: images of different sizes, or an item that is no pair with the label announced.
         StreamError: an image that can't be decoded, named in the message.
+        OSError: a file can't be made, or the disk has no room for it; nothing is left of it.
     """
 
     def load(row: int) -> list[Tensor]:
@@ -236,10 +238,27 @@ class _Buffer:
         if self._place.file is None:
             return torch.empty(shape, dtype=torch.uint8, device=self._place.device)
         handle, name = tempfile.mkstemp(dir=self._place.file.parent, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _reserve(file.fileno(), math.prod(shape))
+        except BaseException:
+            os.unlink(name)
+            raise
         self._temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.truncate(math.prod(shape))
         return _map(self._temporary, shape, shared=True)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Gives a file its length and its place on the disk: a mapping that finds no room ends the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+            return
+        except OSError as error:
+            # EINVAL: file systems that can't, as of ZFS
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+    os.ftruncate(file, size)
 
 
 def stored_file(folder: Path, name: str, facts: dict[str, Any]) -> Path:

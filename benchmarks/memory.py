@@ -307,6 +307,8 @@ class _Holder:
             except UnevenImagesError as error:
                 self.space.give_back(size, places[0])
                 raise _UnfitError(str(error)) from error
+            except OSError as error:  # a disk that has become full meanwhile, a quota
+                raise _UnfitError(f"they can't be written to {self.space.folder}: {error}") from error
             stores |= dict(zip(missing, new, strict=True))
             self.space.give_back(size - sum(store.nbytes for store in stores.values()), places[0])
         for name in missing:

@@ -34,6 +34,7 @@ SplitLists = tuple[list[str], list[str]]  # train, test
 
 _HEADER = "# avalanche-firn split 1"
 _SHOWN = 3  # names in a message
+_BYTES = 2**26  # of a list; our choice: DomainNet's 600,000 names have 25 MB
 
 
 def seeded_split(names: Sequence[str], fraction: float, seed: int) -> SplitLists:
@@ -155,7 +156,7 @@ def read_name_lists(train_file: str | Path, test_file: str | Path) -> SplitLists
 
     Accepted in each: plain text with one path per line, perhaps followed by a number (a label, ignored), where empty
     lines and lines that start with # don't count; or YAML (a file that ends in .yaml or .yml) with the paths as a list
-    under `data`, read by the safe loader.
+    under `data`, without tags and aliases and with every key once.
 
     Returns:
         The names to train on and those to test on, reduced to the last two components CLASS/FILE and sorted as text.
@@ -186,18 +187,76 @@ def read_name_lists(train_file: str | Path, test_file: str | Path) -> SplitLists
 
 def _read_lines(path: Path) -> list[str]:
     lines = (line.strip() for line in _read_text(path).splitlines())
-    return [re.sub(r"[\s,]+\d+$", "", line) for line in lines if line and not line.startswith("#")]
+    return [_without_label(line) for line in lines if line and not line.startswith("#")]
+
+
+def _without_label(line: str) -> str:
+    """A line without a number behind white space or commas at its end."""
+    path = line.rstrip("0123456789")
+    cut = path.rstrip(" \t\xa0\u3000,")
+    return cut if len(cut) < len(path) < len(line) else line
 
 
 def _read_yaml(path: Path) -> list[str]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML has it; both safe
     try:
-        content = yaml.load(_read_text(path), Loader=loader)
+        listed = _listed(_read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StreamError(f"{path} cannot be read as plain YAML: {error}") from error
-    listed = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+    if listed is None:
         raise StreamError(f"{path} has no list of paths under 'data'; accepted: YAML with one")
+    return listed
+
+
+def _listed(text: str) -> list[str] | None:
+    """The texts of the list under `data`, read event by event: nothing else of the file is built, however deep it is.
+
+    Raises:
+        ValueError: tags, aliases, a key that is there twice, or more than one document.
+        yaml.YAMLError: no YAML.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML has it
+    kinds = yaml.resolver.Resolver()
+    keys: set[str] = set()
+    listed: list[str] | None = None
+    depth = documents = 0
+    key: str | None = None  # of the outermost mapping, whose value comes next or is being read
+    outermost = inside = False
+    for event in yaml.parse(text, Loader=loader):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) not in (None, "!"):
+            raise ValueError(f"a tag or an alias in line {line}; accepted: plain lists and texts")
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise ValueError("it holds several documents; accepted: one")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            if depth == 0:
+                outermost = isinstance(event, yaml.MappingStartEvent)
+            elif depth == 1 and outermost and key is None:
+                raise ValueError(f"line {line} has a list or mapping as a key; accepted: texts")
+            elif inside:
+                return None
+            elif depth == 1 and outermost and key == "data":
+                if not isinstance(event, yaml.SequenceStartEvent):
+                    return None
+                listed, inside = [], True
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            if depth == 1:
+                key, inside = None, False
+        elif isinstance(event, yaml.ScalarEvent):
+            if inside and listed is not None:
+                if kinds.resolve(yaml.ScalarNode, event.value, event.implicit) != "tag:yaml.org,2002:str":
+                    return None
+                listed.append(event.value)
+            elif depth == 1 and outermost and key is None:
+                key = event.value
+                if key in keys:
+                    raise ValueError(f"the key {key!r} is there twice; accepted: each once")
+                keys.add(key)
+            elif depth == 1 and outermost:
+                key = None
     return listed
 
 
@@ -205,6 +264,8 @@ def _read_text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
+        if path.exists() and (size := path.stat().st_size) > _BYTES:
+            raise OSError(f"it has {size:,} bytes, and at most {_BYTES:,} are read")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StreamError(f"{path} cannot be read: {error}; accepted: a text file in UTF-8") from error

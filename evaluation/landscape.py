@@ -231,10 +231,7 @@ class Landscape:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is {'not a file' if path.exists() else 'absent'}")
         try:
-            with zipfile.ZipFile(path) as members:
-                size = sum(info.file_size for info in members.infolist())
-            if size > MAX_BYTES:
-                raise ValueError(f"it announces {size:,} bytes; accepted are {MAX_BYTES:,}")
+            _check_members(path)
             with np.load(path, allow_pickle=False) as stored:
                 arrays = dict(stored)
             if odd := [name for name, array in arrays.items() if array.dtype.kind not in "fiuU"]:
@@ -244,6 +241,26 @@ class Landscape:
             return cls(**arrays, labels=labels, axes=axes, explained=tuple(explained) if explained else None)
         except (OSError, ValueError, TypeError, LookupError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} isn't a landscape as it was saved: {error}") from error
+
+
+def _check_members(path: Path) -> None:
+    """Refuses (ValueError) members that would take more memory than they announce, and more than `MAX_BYTES` in all."""
+    with zipfile.ZipFile(path) as members:
+        infos = members.infolist()
+        size = sum(info.file_size for info in infos)
+        if size > MAX_BYTES:
+            raise ValueError(f"it announces {size:,} bytes; accepted are {MAX_BYTES:,}")
+        for info in infos:
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others aren't bounded by zipfile
+                raise ValueError(f"{info.filename} is compressed by method {info.compress_type}; accepted is deflated")
+            with members.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):  # what NumPy writes unless a header is very long
+                    raise ValueError(f"{info.filename} is of version {version}; accepted is (1, 0)")
+                shape, _, kind = np.lib.format.read_array_header_1_0(member)
+                whole = math.prod(shape) * kind.itemsize == info.file_size - member.tell()
+                if not whole or max(shape, default=0) > info.file_size:  # the second: many rows of no values
+                    raise ValueError(f"{info.filename} announces {shape} of {kind} in {info.file_size:,} bytes")
 
 
 def _edge(width: float) -> list[patheffects.AbstractPathEffect]:

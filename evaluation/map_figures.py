@@ -36,6 +36,7 @@ from avalanche_firn.evaluation.figures import (
 __all__ = ["frozen_map_figure", "task_confusion_figure", "task_matrices_figure"]
 
 _LINE = 0.17  # inches of a line of text of 9 points
+_DIGITS = 3  # of the number of a block; our choice
 
 
 def _ticks(count: int, cell: float, letters: int = 0) -> range:
@@ -199,9 +200,14 @@ def task_confusion_figure(
 def _split(name: str) -> tuple[tuple[str, ...], str]:
     """Where the matrix is, up to the last number in its name, and what it is: (("blocks", "3"), "attn.qkv.q")."""
     parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    numbers = [place for place, part in enumerate(parts) if _number(part) is not None]
     end = numbers[-1] + 1 if numbers else 0
     return tuple(parts[:end]), ".".join(parts[end:])
+
+
+def _number(part: str) -> int | None:
+    """Of a block; a part of a name that is no number, or longer than one of a block, is none."""
+    return int(part) if part.isascii() and part.isdecimal() and len(part) <= _DIGITS else None
 
 
 def _blocks(found: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -209,10 +215,10 @@ def _blocks(found: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
     every = set(found)
     for block in found:
         if block:
-            every |= {(*block[:-1], str(number)) for number in range(int(block[-1]))}
+            every |= {(*block[:-1], str(number)) for number in range(_number(block[-1]) or 0)}
 
     def key(block: tuple[str, ...]) -> list[tuple[bool, int, str]]:
-        return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in block]
+        return [(_number(part) is None, _number(part) or 0, part) for part in block]
 
     return sorted(every, key=key)
 

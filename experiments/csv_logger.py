@@ -7,6 +7,7 @@ that an exact resume has to know. Values are written with all their digits.
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from avalanche.evaluation.metric_results import AlternativeValues, TensorImage
 from avalanche.logging import BaseLogger
 from torch import Tensor
 
-from avalanche_firn.plugins.storage_stop import writing
+from avalanche_firn.plugins.storage_stop import no_link, writing
 
 __all__ = ["CsvLogger", "read_metrics"]
 
@@ -25,14 +26,15 @@ class CsvLogger(BaseLogger):
     """Write scalars to a CSV file; figures, histograms and texts are left to TensorBoard.
 
     :param path: the file; it is appended to if it exists.
-    :raises StorageError: the file can't be written, here and whenever something is logged.
+    :raises StorageError: the file can't be written, here and whenever something is logged, or is a symbolic link.
     """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
         with writing("the metrics of a run", self.path):
-            self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="")
+            handle = no_link(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            self._file = os.fdopen(handle, "a", buffering=1, encoding="utf-8", newline="")
             self._rows = csv.writer(self._file, lineterminator="\n")
             if self._file.tell() == 0:
                 self._rows.writerow(_HEADER)

@@ -265,7 +265,8 @@ class _Server:
 def _served(view: Sequence[str], port: int) -> Iterator[_Server]:
     command = [sys.executable, "-m", "tensorboard.main", *view, f"--host={HOST}", f"--port={port}"]
     command += [f"--reload_interval={_RELOAD}", f"--samples_per_plugin={_SAMPLES}"]
-    with tempfile.TemporaryFile() as log:
+    # Its own folder, an empty one: -m looks for modules in the current folder first, below Python 3.11 whatever is said
+    with tempfile.TemporaryDirectory(prefix="firn-dashboard-") as empty, tempfile.TemporaryFile() as log:
         # In a session of its own: Ctrl-C reaches us only, and we stop it in order.
         process = subprocess.Popen(
             command,
@@ -273,7 +274,8 @@ def _served(view: Sequence[str], port: int) -> Iterator[_Server]:
             stdout=log,
             stderr=log,
             start_new_session=os.name == "posix",
-            env=os.environ | {"PYTHONSAFEPATH": "1"},  # -m would look for modules in the current folder first
+            cwd=empty,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
         server = _Server(process, log, port)
         try:

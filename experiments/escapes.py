@@ -19,7 +19,7 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_BREAKS = re.compile(r"\s*[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+\s*")
+_BREAKS = re.compile(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and their wide forms
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)")
@@ -31,8 +31,12 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same on one line: a break becomes a space."""
-    return visible(_BREAKS.sub(" ", text).replace("\t", " "))
+    """The same on one line: a break, with the white space around it, becomes a space."""
+    first, *others = _BREAKS.split(text)
+    if others:  # trimmed piece by piece: a pattern with white space at both ends would look at it again and again
+        between = [trimmed for piece in others[:-1] if (trimmed := piece.strip())]
+        text = " ".join([first.rstrip(), *between, others[-1].lstrip()])
+    return visible(text.replace("\t", " "))
 
 
 def html_text(text: str) -> str:

@@ -14,8 +14,9 @@ Cost: a copy of the weights; for timm one construction of the architecture. Runs
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ import timm
 import torch
 from timm.layers.norm import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.environment import package_versions
@@ -58,6 +63,7 @@ _STATISTICS = "task_inference."  # the names of task inference's tensors begin w
 _TENSORS = ("means", "scales", "rows")
 _SETTINGS = ("clusters", "jitter", "normalize", "correlation", "shrinkage", "form", "seed")
 _ROUTING = ("mask_unseen", "batchwise_vote", "mixed")
+_SPARE = 2**22  # values of modules beyond those of a file: 16 MB. Our choice
 
 
 class ExportError(ConfigError):
@@ -295,7 +301,7 @@ def check_structure(structure: Any, tensors: Mapping[str, Tensor], *, hub: bool)
         raise ValueError(f"the backbone is described by {sorted(structure['backbone'])}; name and fresh_final_norm are")
     if ":" in name and not hub:
         raise ValueError(f"the architecture {name!r} would be fetched; load_exported(..., hub=True) allows it")
-    largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    largest = max((max(tensor.shape, default=0) for tensor in tensors.values() if tensor.numel()), default=0)
     sizes: list[tuple[str, Any, tuple[str, ...]]] = [("head", structure["head"], ("in_features",))]
     sizes += [("projector", structure["projector"] or {}, ("hidden_features", "out_features"))]
     sizes += [(pair, settings, ("rank",)) for pair, settings in structure["pairs"].items()]
@@ -313,11 +319,42 @@ def rebuild(
 ) -> tuple[FeatureClassifier, TaskInferencePlugin | None]:
     """The modules that :func:`own_state` described, with their tensors, in evaluation mode, and task inference.
 
-    Global random generators stay as they were. No weights of timm's are read.
+    Global random generators stay as they were. No weights of timm's are read. An architecture that is far larger than
+    the tensors is refused while it is built.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: the description is none, or doesn't fit the tensors.
     """
+    with _no_larger_than(sum(tensor.numel() for tensor in tensors.values())):
+        return _rebuilt(structure, tensors)
+
+
+@contextmanager
+def _no_larger_than(values: int) -> Iterator[None]:
+    """Refuses modules as soon as this thread has given them more parameters and buffers than a file of `values` needs.
+
+    Some are made twice, as those of a final norm, and some aren't in files, as masks: hence the factor.
+    """
+    owner, most, made = threading.get_ident(), _SPARE + 4 * values, 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal made
+        if tensor is not None and threading.get_ident() == owner:
+            made += tensor.numel()
+            if made > most:  # before it is filled, which is what takes memory
+                raise ValueError(f"its modules have more than {most:,} values, and its tensors {values:,}")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rebuilt(
+    structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[FeatureClassifier, TaskInferencePlugin | None]:
     with private_random_state():
         backbone = load_backbone(**structure["backbone"], pretrained=False).module
     head = TaskwiseLinearHead(**structure["head"])

@@ -47,7 +47,7 @@ class Advice:
         if self.same:
             lines += ["what needs less memory and changes no figure:", *_table(self.same)]
         if self.rounding:
-            lines += ["what needs less with the same images per step, but may change figures:"]
+            lines += ["what needs less with the same images per step of training, but may change figures:"]
             lines += _table(self.rounding)
         if self.refused:
             lines.append(f"performance.accumulate can't be used here: {self.refused}")
@@ -71,9 +71,6 @@ def memory_advice(config: Config, phase: str, *, device: str, held: Mapping[str,
     """
     training = config.training_of(config.methods[0])
     same: list[tuple[str, str]] = []
-    if phase.startswith(_BY_EVALUATION_BATCHES) and training.eval_batch_size > 1:
-        smaller = training.eval_batch_size // 2
-        same.append((f"training.eval_batch_size={smaller}", f"images per step of an evaluation, {2 * smaller} so far"))
     places = {place for found in held.values() for place in found.split("+")}
     if device != "cpu" and device in places:
         same.append(("performance.memory=cpu", f"the images lie in main memory, so far on {device}"))
@@ -83,6 +80,9 @@ def memory_advice(config: Config, phase: str, *, device: str, held: Mapping[str,
     if device == "cpu" and training.num_workers and config.performance.prefetch_factor > 1:
         same.append(("performance.prefetch_factor=1", "batches that each loader process holds ready"))
     rounding, refused = _cuts(config) if phase.startswith("training") else ((), "")
+    if phase.startswith(_BY_EVALUATION_BATCHES) and (size := training.eval_batch_size) > 1:
+        what = f"images per step of an evaluation, {size} so far; rounding"
+        rounding = (*rounding, (f"training.eval_batch_size={size // 2}", what))
     if device == "cpu" and training.num_workers:
         what = f"images are loaded in the main process, so far in {training.num_workers} others"
         rounding = (*rounding, ("training.num_workers=0", f"{what}; other random numbers in augmentations"))

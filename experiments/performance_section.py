@@ -66,8 +66,8 @@ class PerformanceConfig(Section):
     )
     finite_guard: bool = Field(
         default=True,
-        description="stop at the first loss, gradient, weight or output that isn't finite, false = let it spread; "
-        "changes no figure",
+        description="stop at the first loss, gradient, weight or output that isn't finite, false = only where figures "
+        "are read, perhaps after checkpoints that hold it; changes no figure",
     )
     worker_timeout: float = Field(
         default=300.0,

@@ -8,6 +8,7 @@ import numpy as np
 
 from avalanche_firn.evaluation.contrastive_report import BOUNDS
 from avalanche_firn.experiments.report_parts import Drawn
+from avalanche_firn.experiments.report_text import over_tasks
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["contrastive_curves_drawn", "contrastive_facts", "contrastive_tables"]
@@ -45,8 +46,7 @@ def contrastive_tables(groups: Sequence[Group]) -> list[Table]:
         for title, rows in (("losses in training and coefficient", _LOSSES), ("bounds on held-out images", _BOUNDS)):
             lines = [[name, *cells] for tag, name in rows if (cells := _cells(group, tag))]
             if lines:
-                heads = ["nats", *(f"task {i + 1}" for i in range(len(lines[0]) - 1))]
-                found.append((f"{group.label}: {title}, mean over seeds", heads, lines))
+                found.append((f"{group.label}: {title}, mean over seeds", *over_tasks("nats", lines)))
     return found
 
 

@@ -28,14 +28,12 @@ def write_files(folder: Path, report: Report, csv: str) -> None:
         report: what they show.
         csv: text of results.csv.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {f"{picture.name}.svg": standalone_svg(picture.svg) for picture in report.pictures()}
+    texts = {"results.csv": csv, "report.html": html_report(report), "report.md": markdown_report(report)}
+    folder.mkdir(parents=True, exist_ok=True)
     old = _linked(folder / "report.md")
-    for name, text in pictures.items():
+    for name, text in (pictures | texts).items():
         write_text(folder / name, text)
-    write_text(folder / "results.csv", csv)
-    write_text(folder / "report.html", html_report(report))
-    write_text(folder / "report.md", markdown_report(report))
     for name in old - set(pictures):
         (folder / name).unlink(missing_ok=True)
 

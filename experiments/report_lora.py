@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from avalanche_firn.experiments.report_parts import Drawn
+from avalanche_firn.experiments.report_text import over_tasks
 from avalanche_firn.experiments.results import Group
 
 __all__ = ["lora_curves_drawn", "lora_facts", "lora_tables"]
@@ -32,8 +33,7 @@ def lora_tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[list
                 values = scale * np.array([[np.nan if v is None else v for v in c] for c in curves], dtype=float)
                 rows.append([name, *("-" if np.isnan(v).all() else f"{np.nanmean(v):.3g}" for v in values.T)])
         if rows:
-            heads = ["", *(f"task {i + 1}" for i in range(len(rows[0]) - 1))]
-            found.append((f"{group.label}: low-rank pairs, mean over seeds", heads, rows))
+            found.append((f"{group.label}: low-rank pairs, mean over seeds", *over_tasks("", rows)))
     return found
 
 

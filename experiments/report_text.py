@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from avalanche_firn.experiments.escapes import markdown_line, one_line, visible
 from avalanche_firn.experiments.report_parts import Block, Code, DataTable, Picture, Report, Terms, Text
 
-__all__ = ["Table", "aligned", "file_name", "markdown_report"]
+__all__ = ["Table", "aligned", "file_name", "markdown_report", "over_tasks"]
 
 _LONGEST = 180  # bytes; file systems accept 255, and an ending and that of a temporary file come behind
 Table = tuple[str, list[str], list[list[str]]]
@@ -26,6 +26,18 @@ def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(heads), line(["-" * width for width in widths]), *(line(row) for row in rows)])
+
+
+def over_tasks(corner: str, rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table over the tasks; a row that has fewer of them ends in dashes.
+
+    Args:
+        corner: heading of the first column.
+        rows: a name and one cell per task.
+    """
+    tasks = max(map(len, rows), default=1) - 1
+    heads = [corner, *(f"task {i + 1}" for i in range(tasks))]
+    return heads, [[*row, *["-"] * (len(heads) - len(row))] for row in rows]
 
 
 def markdown_report(report: Report) -> str:

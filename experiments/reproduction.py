@@ -86,7 +86,7 @@ class StoredRun:
     def value(self, tag: str) -> float | None:
         """A figure as a share of 1; None where the run has none. Joint training has no incremental accuracy."""
         figures = self.results.get("figures", {})
-        if "optimizers" in self.results:
+        if "experiment" in self.results:
             optimizer, _, tag = tag.partition("/")
             figures = self.results["optimizers"].get(optimizer, {}).get("figures", {})
         value = None if self.joint and tag.endswith("accuracy/incremental") else figures.get(tag)
@@ -176,8 +176,9 @@ def flags_of(runs: Sequence[StoredRun]) -> list[str]:
         protocol = run.results["protocol"]
         slots = protocol.get("replay_slots")
         pretrained = "replay of pre-training images, in the pre-training"
-        replay = pretrained if "optimizers" in run.results else f"replay of {slots} samples" if slots else "replay"
-        diverged = [run.results.get("diverged"), *(o["diverged"] for o in run.results.get("optimizers", {}).values())]
+        transfers = run.results["optimizers"] if "experiment" in run.results else {}
+        replay = pretrained if transfers else f"replay of {slots} samples" if slots else "replay"
+        diverged = [run.results.get("diverged"), *(transfer["diverged"] for transfer in transfers.values())]
         for flag, holds in (
             (JOINT, protocol.get("joint")),
             (replay, protocol.get("replay")),

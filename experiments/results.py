@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 FILE = "results.json"
+HALF = ".tmp"
+"""End of the names of files that are being written; they begin with a dot."""
 # columns of every table: tag, heading, factor, digits
 FIGURES = (
     ("accuracy/last", "last accuracy %", 100.0, 2),
@@ -53,9 +55,10 @@ class RunResults(dict[str, Any]):
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two reports may be written at once
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{HALF}")  # two reports may be written at once
+    temporary.unlink(missing_ok=True)  # of a killed process with our number, or a stranger's link
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

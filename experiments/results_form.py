@@ -22,11 +22,12 @@ __all__ = ["FORMAT", "check_results", "read_environment", "read_json"]
 FORMAT = 1
 _BYTES = 2**28  # of a file; ours have up to some MB. Our choice
 _DIGITS = 40  # of a whole number
-Number = float | None
+Real = Annotated[float, Field(gt=-1e50, lt=1e50)]  # larger than any float32, and far from where percent overflow
+Number = Real | None
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class _Part(BaseModel):
@@ -70,7 +71,7 @@ class _Protocol(_Part):
 
 
 class _Cost(_Part):
-    seconds: float
+    seconds: Real
     device: Name
     training_seconds: Number = None
     images_per_second: Number = None
@@ -90,16 +91,16 @@ class _Confusion(_Part):
 
 class _Adaptation(_Part):
     adapt: list[str]
-    shots: Number = None
-    k: int | None = None
-    temperature: Number = None
-    solver: str | None = None
-    l2: Number | list[float] = None
-    lr: list[float] = []
-    momentum: Number = None
-    weight_decay: Number = None
-    epochs: int | None = None
-    batch_size: int | None = None
+    shots: Number
+    k: Count
+    temperature: Real
+    solver: str
+    l2: Number | list[Real]
+    lr: list[Real]
+    momentum: Real
+    weight_decay: Real
+    epochs: Count
+    batch_size: Count
     task_aware: bool
     seed: int
     when: str
@@ -187,7 +188,7 @@ class _TransferProtocol(_Part):
 
 
 class _TransferCost(_Part):
-    seconds: float
+    seconds: Real
     device: Name
     pretraining_seconds: Number = None
     threads: int | None = None
@@ -214,7 +215,7 @@ class _Shock(_Part):
 
 class _Sweep(_Part):
     at_edge: bool
-    rates: list[float] = []
+    rates: list[Real] = []
 
 
 class _Optimizer(_Part):
@@ -223,7 +224,7 @@ class _Optimizer(_Part):
 
 class _Transfer(_Part):
     optimizer: _Optimizer
-    rates: dict[str, float]
+    rates: dict[str, Real]
     sweeps: dict[str, _Sweep]
     figures: dict[str, Number]
     continual: _Continual
@@ -269,6 +270,7 @@ class _Environment(_Part):
     packages: dict[str, str | None] = {}
     device: _Device = _Device()
     backbone: dict[str, str | None] | None = None
+    place: str = Field(default="start", alias="from")
     settings: dict[str, bool | int | float | str | None] = {}
     resumed_in: list[_Environment] = []
 
@@ -297,8 +299,9 @@ def check_results(path: Path, content: Any) -> dict[str, Any]:
         raise ConfigError(f"{path} isn't a results file of format {FORMAT}")
     if "experiment" in content and content["experiment"] != "transfer":
         raise ConfigError(f"{path} is of an experiment that this version doesn't know")
-    _checked(path, _TransferRun if "experiment" in content else _Run, content, "a results file")
-    for name, transfer in content.get("optimizers", {}).items():
+    transfers = "experiment" in content
+    _checked(path, _TransferRun if transfers else _Run, content, "a results file")
+    for name, transfer in content["optimizers"].items() if transfers else ():
         points, curves = len(transfer["logged_after"]), transfer["continual"]["curves"]
         if any(len(curve) != points for curve in curves) or not curves:
             told = f"optimizers.{name}.continual.curves doesn't fit logged_after"

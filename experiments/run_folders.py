@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.recipe import load_experiment
-from avalanche_firn.experiments.results import FILE, read_results
+from avalanche_firn.experiments.results import FILE, HALF, read_results
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
 __all__ = ["SUMMARY", "Planned", "claimed", "comparison_folder", "delete_runs", "is_run", "plan_runs", "run_folder"]
@@ -69,7 +69,7 @@ def plan_runs(config: AnyConfig, folder: Path, fresh: bool) -> Iterator[Planned[
         for method in config.methods:
             single = config.single(method.name, seed)
             place = run_folder(folder, method.name, seed)
-            used = place.exists() and not (place.is_dir() and {path.name for path in place.iterdir()} <= {LOCK})
+            used = place.exists() and not (place.is_dir() and all(_before_a_run(path) for path in place.iterdir()))
             if used and not (place / "config.yaml").is_file():
                 foreign.append(f"{place} isn't the folder of a run; use another name= or --output")
             difference = _difference(single, place) if used and not fresh and not foreign else None
@@ -80,6 +80,11 @@ def plan_runs(config: AnyConfig, folder: Path, fresh: bool) -> Iterator[Planned[
             yield Planned(single, place, finished)
     if conflicts := [*foreign, *other]:
         raise ConfigError(conflicts[0] + (f" ({len(conflicts) - 1} more like this)" if len(conflicts) > 1 else ""))
+
+
+def _before_a_run(path: Path) -> bool:
+    """Whether a file may be there although no run has begun: the lock, and what a killed process had half written."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(HALF))
 
 
 def _difference(config: Config | TransferExperiment, place: Path) -> str | None:
@@ -154,6 +159,8 @@ def claimed(folder: Path) -> Iterator[None]:
     owner = _Claim()
     lock_directory(folder, owner, None)
     try:
+        for path in folder.glob(f".*{HALF}"):  # left by a process that was killed
+            path.unlink(missing_ok=True)
         yield
     finally:
         unlock_directory(folder, owner, delete=True)

@@ -66,7 +66,7 @@ from avalanche_firn.experiments.resources import (
     stream_normalization,
 )
 from avalanche_firn.experiments.results import FILE, FORMAT, RunResults, read_results, write_json, write_text
-from avalanche_firn.experiments.resume_settings import declared, given
+from avalanche_firn.experiments.resume_settings import declared, given, with_earlier
 from avalanche_firn.experiments.run_folders import claimed
 from avalanche_firn.experiments.run_stops import Standing, told_stops
 from avalanche_firn.experiments.run_watch import RunWatch
@@ -75,7 +75,7 @@ from avalanche_firn.experiments.tensorboard_table import RUN_SECONDS, hyper_para
 from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
-from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files, sync
+from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files, refuse_links, sync
 from avalanche_firn.plugins.event_files import abandon, quiet_writers
 from avalanche_firn.plugins.fast_path import FastPathPlugin
 from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
@@ -214,6 +214,7 @@ def _run(
     continual = stream
     if METHODS[method.strategy].joint:
         stream = stream.joint()
+    refuse_links(folder / "checkpoint")
     with writing("the settings of a run", folder / "config.yaml"):
         write_text(folder / "config.yaml", dump(own))
     place, grown = folder / "checkpoint", [f"{glob.escape(str(folder))}/{name}" for name in _GROWN]
@@ -231,10 +232,10 @@ def _run(
         fingerprint=f"{own.digest()} {stream.fingerprint} {backbone.weights_sha256}",
         append_only=grown,
     )
-    changed = given(own, config)
-    if changed:
-        changed = {"from": checkpoints(place)[0].name if resumed else "start", "settings": changed}
-    environment = _record_environment(folder, device, backbone, {"images": held, **changed}, resumed=resumed)
+    begun = {"images": held, "from": checkpoints(place)[0].name if resumed else "start"}
+    if changed := given(own, config):
+        begun["settings"] = changed
+    environment = _record_environment(folder, device, backbone, begun, resumed=resumed)
     clock, cache = RunClock(), FeatureCache()
     watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
     try:
@@ -320,10 +321,8 @@ def _record_environment(
         **more,
     }
     path = folder / "environment.json"
-    if resumed and path.is_file():
-        first = json.loads(path.read_text(encoding="utf-8"))
-        environment = first | {"resumed_in": [*first.get("resumed_in", []), environment]}
     with writing("the environment of a run", path):
+        environment = with_earlier(path, environment) if resumed else environment
         write_json(path, environment)
     return environment
 
@@ -406,6 +405,8 @@ def _results(
 def _performance(config: Config, strategy: SupervisedTemplate) -> dict[str, Any]:
     """What was in use of the things that may change figures."""
     asked = config.performance.model_dump(include=set(PERFORMANCE))
+    if not config.performance.fast_path and config.training_of(config.methods[0]).num_workers:
+        asked["fast_path"] = False  # random transforms draw other numbers then
     return asked | {"fused_optimizer": bool(strategy.optimizer.defaults.get("fused"))}
 
 

@@ -135,7 +135,10 @@ class TrainingConfig(Section):
     epochs: int = Field(default=20, ge=1, description="epochs per experience; exps/slca_cifar.json")
     batch_size: int = Field(default=128, ge=1, le=MOST, description="images per step; exps/slca_cifar.json")
     eval_batch_size: int = Field(
-        default=256, ge=1, le=MOST, description="images per evaluation step; changes no figure"
+        default=256,
+        ge=1,
+        le=MOST,
+        description="images per evaluation step; rounding of evaluated figures and of features",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="rebuilt in every experience")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="rebuilt in every experience")

@@ -147,6 +147,7 @@ def _logged(path: Path, wanted: Wanted, prefix: str) -> dict[str, tuple[FloatArr
                 steps, values = (np.array(part, dtype=np.float64) for part in lists)
                 if not ((steps >= 0) & (steps < _MOST)).all():
                     raise ValueError(f"{tag} has a step outside 0 to {_MOST:.0e}")
+                values[np.isinf(values)] = np.nan  # has no place on a chart, and no mean
                 arrays[tag.removeprefix(prefix)] = (steps, values)
     except (ValueError, csv.Error) as error:  # text that is none, a line of something else
         raise ConfigError(f"{path} isn't as it was written: {error}") from None

@@ -17,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from avalanche_firn.evaluation.tensorboard import log_hparams, log_text_config
 from avalanche_firn.experiments.environment import describe_environment, resolve_device, seed_everything
-from avalanche_firn.experiments.pretraining import pretrain
+from avalanche_firn.experiments.pretraining import WEIGHTS, pretrain
 from avalanche_firn.experiments.recipe import dump
 from avalanche_firn.experiments.results import FILE, FORMAT, RunResults, read_results, write_json, write_text
-from avalanche_firn.experiments.resume_settings import declared, given
+from avalanche_firn.experiments.resume_settings import declared, given, with_earlier
 from avalanche_firn.experiments.run_folders import claimed
 from avalanche_firn.experiments.run_stops import Standing, told_stops
 from avalanche_firn.experiments.run_watch import RunWatch
@@ -141,7 +141,7 @@ def _run(
                 write_json(dynamics_file(folder, section.label), transfers.dynamics.to_dict())
         if transfers.landscape is not None:
             with writing("a loss landscape", folder / f"landscape-{section.label}"):
-                transfers.landscape.save(folder / f"landscape-{section.label}")
+                _save(transfers.landscape, folder / f"landscape-{section.label}")
         now = time.perf_counter()
         count = len(config.transfer.optimizers) / len(optimizers)
         whole = trained + (now - start - trained) * count  # as if the others took as long
@@ -191,15 +191,21 @@ def _record(own: TransferExperiment, config: TransferExperiment, folder: Path, d
         write_text(folder / "config.yaml", dump(own))
     environment, path = describe_environment(device), folder / "environment.json"
     changed = given(own, config)
+    found = checkpoints(folder / "checkpoint")
+    environment["from"] = found[0].name if found else WEIGHTS if (folder / WEIGHTS).is_file() else "start"
     if changed:
-        found = checkpoints(folder / "checkpoint")
-        environment |= {"from": found[0].name if found else "start", "settings": changed}
-    if path.is_file():
-        first = json.loads(path.read_text(encoding="utf-8"))
-        environment = first | {"resumed_in": [*first.get("resumed_in", []), environment]}
+        environment["settings"] = changed
     with writing("the environment of a run", path):
+        environment = with_earlier(path, environment)
         write_json(path, environment)
     return environment
+
+
+def _save(landscape: Any, stem: Path) -> None:
+    """Write the files of a landscape anew; what has their names may be a stranger's link."""
+    for end in (".npz", "-loss.png", "-accuracy.png"):
+        stem.with_name(f"{stem.name}{end}").unlink(missing_ok=True)
+    landscape.save(stem)
 
 
 def _chosen_on(config: TransferExperiment) -> str:

@@ -1,9 +1,9 @@
 """Reads weights files of strangers: tensors and nothing else, no larger than the file, all of them finite.
 
 A .safetensors file is a header and bytes, and its reader checks that they agree. A .pth, .pt or .bin file is a pickle
-inside an archive (or, before torch 1.6, a bare one): it is read with ``weights_only=True``, which builds tensors alone.
-That leaves ways to ask for more memory than the file has bytes, which are refused here: compressed members, which torch
-never writes, and tensors that stretch a few bytes over a large shape.
+inside an archive (or, before torch 1.6, a bare one): it is read with ``weights_only=True``, which builds tensors alone,
+after :mod:`~avalanche_firn.models.weight_pickles` has found that it asks for no more memory than it has bytes. Tensors
+that stretch a few bytes over a large shape are refused here.
 
 Cost: the file is read once, and every value looked at once (0.1 s for the 86 million of a ViT-B/16).
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from avalanche_firn.models.weight_pickles import check_file
 
 __all__ = ["SUFFIXES", "WeightsError", "first_names", "misfits", "non_finite", "read_weights"]
 
@@ -50,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
-            _check_archive(path)
+            check_file(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
@@ -133,19 +134,6 @@ def _named_by(error: Exception) -> str:
     """The class or function that torch refused, out of a text of many lines."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({found[1]})" if found else ""
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses members that become more than the file's own bytes; a file of before torch 1.6 is no archive."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as members:
-        announced = sum(info.file_size for info in members.infolist())
-    if announced > path.stat().st_size:
-        raise WeightsError(
-            f"weights={str(path)!r} has {path.stat().st_size:,} bytes and announces {announced:,}; a file as torch "
-            "writes it, without compression, is expected"
-        )
 
 
 def _dense(tensor: Tensor) -> bool:

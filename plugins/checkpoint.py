@@ -53,6 +53,7 @@ from avalanche_firn.plugins.checkpoint_files import (
     cut_back,
     measure,
     newest_valid,
+    refuse_links,
     set_aside,
     write_checkpoint,
 )
@@ -149,7 +150,8 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         :returns: how many experiences are done: train on ``train_stream[n:]``. The first of these may be trained
             already, see :meth:`is_trained`.
         :raises ValueError: the strategy holds something that can't be saved exactly (named), or (``CheckpointError``)
-            the checkpoint was made by another configuration, the directory is in use, no checkpoint is intact.
+            the checkpoint was made by another configuration, the directory is in use or a link, no checkpoint is
+            intact.
         :raises StorageError: the directory, or the first checkpoint, can't be written.
         :raises RuntimeError: called twice, or after training has begun.
         """
@@ -169,6 +171,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         for folder in unmatched_writers(strategy, self.append_only):
             text = f"no pattern of append_only covers the event files in {folder}: resuming repeats events there"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+        refuse_links(self.directory)
         with writing("the folder of checkpoints", self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         lock_directory(self.directory, self, self._revoke)
@@ -200,10 +203,11 @@ class ExactCheckpointPlugin(SupervisedPlugin):
 
         For loggers that read or overwrite what is there. Without a checkpoint nothing happens.
 
-        :raises CheckpointError: another process uses the directory, or a file is shorter than recorded.
+        :raises CheckpointError: another process uses the directory, a file is shorter than recorded, or one is a link.
         :raises StorageError: a file can't be cut back.
         """
         folder = Path(directory).absolute()
+        refuse_links(folder)
         if not checkpoints(folder):
             return
         lock_directory(folder, ExactCheckpointPlugin, lambda: None)  # until resume() takes it over

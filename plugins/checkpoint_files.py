@@ -225,6 +225,23 @@ def set_aside(path: Path) -> None:
     path.rename(target)
 
 
+def refuse_links(directory: Path) -> None:
+    """Whatever is written or deleted in a folder of checkpoints is in that folder, and nowhere else.
+
+    :raises CheckpointError: the folder, or a checkpoint in it, is a symbolic link.
+    """
+    for path in (directory, *directory.glob("step-*")):
+        _refuse_link(path)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path} is a link to {os.readlink(path)}: what a run writes and deletes would be there. Put what it leads "
+            "to in its place, or delete it (a link to the whole folder of a run is accepted)"
+        )
+
+
 def clean(directory: Path) -> None:
     """Delete what an interrupted save or deletion left behind."""
     for pattern in (".new-*", ".old-*"):
@@ -274,12 +291,15 @@ def cut_back(directory: Path, patterns: Sequence[str], sizes: dict[str, int]) ->
 
     Event files that follow have to come after these: see :mod:`~avalanche_firn.plugins.event_files`.
 
-    :raises CheckpointError: a recorded file is missing or shorter than recorded; nothing has been changed then.
+    :raises CheckpointError: a recorded file is missing or shorter than recorded, or a file is a symbolic link; nothing
+        has been changed then.
     """
     recorded = {Path(os.path.normpath(directory / name)): size for name, size in sizes.items()}
     matching = matching_files(patterns)
     if not patterns:
         return
+    for path in (*recorded, *matching):
+        _refuse_link(path)
     for path, size in recorded.items():
         length = path.stat().st_size if path.is_file() else None
         if length is None or length < size:
@@ -313,6 +333,7 @@ __all__ = [
     "measure",
     "newest_valid",
     "read_checkpoint",
+    "refuse_links",
     "set_aside",
     "sync",
     "unflatten",

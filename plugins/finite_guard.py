@@ -6,8 +6,10 @@ A NaN that nobody looks at spreads in one step to every weight, from there into 
 out hours later as chance accuracy. Here every iteration leaves its loss and one sum per gradient on the device. They
 are read together, every 100 iterations, at the end of epochs and experiences, before an evaluation and, above all,
 before a checkpoint is written: the newest checkpoint on disk is always a finite one. Weights, buffers (BatchNorm's
-statistics) and the optimizer's moments are looked at in the same moments. In evaluations the largest output of each
-image is kept, read once per experience: an output that isn't finite is no wrong answer, it is none.
+statistics) and the optimizer's moments are looked at in the same moments. A buffer that is infinite before anything is
+trained, such as a mask of attention, is meant to be, and left out as long as it stays what it was. In evaluations the
+largest output of each image is kept, read once per experience: an output that isn't finite is no wrong answer, it is
+none.
 
 With gradient accumulation the gradient of the whole group is looked at, with fp16 none: loss scaling makes some
 infinite and leaves out their step. What plugins compute beside the loop (alignment, probes, importance) is checked by
@@ -90,6 +92,7 @@ class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         self._names: tuple[str, ...] = ()
         self._plain = False  # their gradients are ordinary tensors on the CPU
         self._group = 1  # mini-batches per step; 0: gradients aren't looked at
+        self._infinite: dict[str, Tensor] | None = None  # buffers that are so by design
         self._tops: list[Tensor] = []  # of the experience being evaluated
         self._losses: list[Tensor] = []
 
@@ -183,14 +186,14 @@ class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=False):  # type: 
             self._last = (notes[-1].iteration, float(losses[-1].mean()))
 
     def _raise(self, strategy: Any, notes: Sequence[_Note], moment: str) -> None:
-        """Find what was first; return if nothing is wrong but that a sum left its range."""
+        """Find what was first; return if nothing is wrong but that the sum of a weight left its range.
+
+        Of gradients the sums alone are believed: they may have been clipped or cleared since.
+        """
         current = notes[-1].iteration if notes else -1
         for note in notes:
             value = float(note.loss.mean())
             bad = [name for name, s in zip(note.names, note.sums, strict=True) if not math.isfinite(float(s))]
-            if bad and note.iteration == current:  # these gradients are still there: was it only their sums?
-                now = {name: p.grad for name, p in zip(self._names, self._watched, strict=True)}
-                bad = [n for n in bad if (g := now.get(n)) is None or not bool(g.isfinite().all())]
             if not math.isfinite(value):
                 before = "" if self._last is None else f"; it was {self._last[1]:.4g} in iteration {self._last[0]}"
                 what = f"the loss is {value}{before}{self._inputs(strategy) if note.iteration == current else ''}"
@@ -210,12 +213,12 @@ class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=False):  # type: 
 
     def _words(self, strategy: Any, where: str, what: str) -> str:
         rates = ", ".join(
-            f"{group['lr']:g} ({group.get('name', f'group {i}')})"
-            for i, group in enumerate(strategy.optimizer.param_groups)
+            f"{group['lr']:g} ({group.get('name', f'group {i}')})" for i, group in enumerate(_groups(strategy))
         )
         more = [text for p in strategy.plugins if (text := _described(p, strategy))]
         own = "".join(f" {text.rstrip('.')}." for text in more)
-        settings = f"Learning rate {rates}, precision {_precision(strategy)}."
+        settings = f"precision {_precision(strategy)}."
+        settings = f"Learning rate {rates}, {settings}" if rates else settings.capitalize()
         place = f"{experience_words(strategy.experience)}, {where} (counted from 0)"
         return f"{place}: {what}.{own} {settings} {_HELPS}{kept_checkpoint(strategy)}"
 
@@ -246,7 +249,7 @@ class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=False):  # type: 
     def _look_up(self, strategy: Any) -> None:
         """The parameters of the optimizer by name, and whether their gradients mean something."""
         known = {id(p): name for name, p in strategy.model.named_parameters()}
-        watched = [p for group in strategy.optimizer.param_groups for p in group["params"]]
+        watched = [p for group in _groups(strategy) for p in group["params"]]
         dense = [p for p in watched if p.is_floating_point() and p.requires_grad]
         self._watched = dense
         self._names = tuple(_plain(known.get(id(p), f"parameter {i} of the optimizer")) for i, p in enumerate(dense))
@@ -260,19 +263,43 @@ class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=False):  # type: 
         place = int(strategy.clock.train_epoch_iterations) + 1
         return place % self._group == 0 or place == len(strategy.dataloader)
 
-    @staticmethod
-    def _state(strategy: Any) -> list[tuple[str, str, Tensor]]:
+    def _state(self, strategy: Any) -> list[tuple[str, str, Tensor]]:
         """Kind, name and tensor of all weights, buffers and moments of the optimizer."""
         model = strategy.model
+        if self._infinite is None:  # before anything is trained
+            self._infinite = _infinite_buffers(model)
+        same = self._infinite
         found = [("weight", _plain(name), p) for name, p in model.named_parameters()]
-        found += [("buffer", _plain(name), b) for name, b in model.named_buffers()]
+        found += [
+            ("buffer", _plain(name), b)
+            for name, b in model.named_buffers()
+            if name not in same or not torch.equal(same[name].to(b.device), b)
+        ]
         names = {id(p): name for _, name, p in found}
-        for group in strategy.optimizer.param_groups:
+        for group in _groups(strategy):
             for p in group["params"]:
                 for key, value in strategy.optimizer.state.get(p, {}).items():
                     if isinstance(value, Tensor) and value.shape == p.shape:
                         found.append((f"the optimizer's {key} of", names.get(id(p), "a parameter"), value))
         return [(kind, name, t.detach()) for kind, name, t in found if t.is_floating_point() and t.numel()]
+
+
+def _groups(strategy: Any) -> Iterable[dict[str, Any]]:
+    """Of the optimizer; a strategy in closed form has none."""
+    return getattr(strategy.optimizer, "param_groups", ())
+
+
+def _infinite_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that hold infinity and no NaN, as a mask of attention does; statistics never mean it."""
+    parts = dict(model.named_modules())
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+        and not isinstance(parts[name.rpartition(".")[0]], nn.modules.batchnorm._NormBase)
+        and bool(buffer.isinf().any())
+        and not bool(buffer.isnan().any())
+    }
 
 
 # ------------------------------------------------------------------- arithmetic
@@ -284,8 +311,11 @@ def _sums(tensors: Sequence[Tensor], *, plain: bool = False) -> list[Tensor]:
     if plain:
         return [t.sum() for t in tensors]
     if tensors and all(t.device.type == "cuda" and t.layout == torch.strided for t in tensors):
-        with torch.no_grad():
-            return list(torch._foreach_norm(list(tensors), 1))
+        kinds = {t.dtype for t in tensors}
+        if not {torch.float16, torch.float64} <= kinds:
+            wide = None if torch.float64 in kinds else torch.float32  # a sum of float16 leaves its range at 65504
+            with torch.no_grad():
+                return list(torch._foreach_norm(list(tensors), 1, dtype=wide))
     tensors = [t.detach() for t in tensors]
     tensors = [t if t.layout == torch.strided else t.coalesce().values() for t in tensors]
     return [t.sum(dtype=torch.float32) if t.dtype == torch.float16 else t.sum() for t in tensors]

@@ -48,11 +48,17 @@ def kept_checkpoint(strategy: Any) -> str:
     """A sentence on the newest checkpoint, empty where the strategy makes none."""
     from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin  # here: plugins that it imports import us
     from avalanche_firn.plugins.checkpoint_files import checkpoints
+    from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
 
-    for plugin in getattr(strategy, "plugins", ()):
+    plugins = getattr(strategy, "plugins", ())
+    guarded = any(isinstance(plugin, FiniteGuardPlugin) for plugin in plugins)
+    for plugin in plugins:
         if isinstance(plugin, ExactCheckpointPlugin):
             found = checkpoints(plugin.directory)
-            return f" The last checkpoint is kept: {found[0]}." if found else " No checkpoint was made yet."
+            if not found:
+                return " No checkpoint was made yet."
+            unseen = "" if guarded else ", made without a guard: it may hold the same"
+            return f" The last checkpoint is kept: {found[0]}{unseen}."
     return ""
 
 

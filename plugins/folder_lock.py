@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from avalanche_firn.plugins.checkpoint_errors import CheckpointError
-from avalanche_firn.plugins.storage_stop import storage_error, writing
+from avalanche_firn.plugins.storage_stop import no_link, storage_error, writing
 
 try:
     import fcntl
@@ -42,7 +42,7 @@ def lock_directory(directory: Path, owner: Any, revoke: Callable[[], None] | Non
 
     :param revoke: None: no other owner in this process may take over while this one lives.
     :raises CheckpointError: another process holds it (the message gives its process id), or an owner of this process.
-    :raises StorageError: the lock file can't be made.
+    :raises StorageError: the lock file can't be made, or is a link.
     """
     key = directory.resolve()
     if key in _OWNERS and _OWNERS[key][3] != os.getpid():  # this process was forked: the lock stayed with the parent
@@ -65,7 +65,7 @@ def _locked(key: Path, directory: Path) -> int:
     """A handle of the lock file, which this process has locked."""
     while True:
         with writing("the lock of a run", key / "lock"):
-            handle = os.open(key / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = no_link(key / "lock", os.O_RDWR | os.O_CREAT)
         try:
             if fcntl is not None:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

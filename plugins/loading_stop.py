@@ -23,6 +23,7 @@ _DEAD = re.compile(
 _LATE = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 _READERS = ("torch.utils.data._utils.fetch", "PIL.", "torchvision.io")
 FEWER = "training.num_workers=0 (images are loaded in the main process)"
+_FILES = ("Too many open files. Communication with the workers", " items of ancdata")
 _SHARED = "shared memory (/dev/shm) is full; what helps: a larger one, or"
 
 
@@ -67,6 +68,11 @@ def _worker(error: BaseException) -> str:
         )
     if "unable to write to file </torch_" in text or "unable to open shared memory object" in text:
         return f"the processes that load images can't hand them over: {_SHARED} {FEWER}"
+    if any(words in text for words in _FILES):
+        return (
+            "the processes that load images can't hand them over: there are too many open files; what helps: a higher "
+            f"limit (ulimit -n), or {FEWER}"
+        )
     return "a thread that loads images has died" if "Pin memory thread exited unexpectedly" in text else ""
 
 

@@ -22,8 +22,8 @@ _WORDS = (
     "out of memory",  # CUDA, MPS ("MPS backend out of memory"), XPU
     "can't allocate memory",  # DefaultCPUAllocator
     "cannot allocate memory",  # mmap, fork
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, cuFFT
+    "_ALLOCATION_FAILED",  # cuDNN 9, which says of what
     "MemoryError in DataLoader worker",
 )
 

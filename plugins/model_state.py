@@ -177,7 +177,7 @@ def load_optimizer_state(strategy: Any, state: dict[str, Any]) -> None:
             groups[-1].append(member)
     if [[id(p) for p in g["params"]] for g in optimizer.param_groups] != [[id(p) for p in g] for g in groups]:
         optimizer.param_groups[:] = [{"params": group} for group in groups]
-    optimizer.load_state_dict(from_plain(state["state"]))
+    optimizer.load_state_dict(from_plain(state["state"], device=strategy.device))
     if state["mapped"] is not None:
         strategy.optimized_param_id = mapped
     place = differing_state(state["state"], optimizer_state(strategy)["state"])

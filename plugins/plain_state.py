@@ -63,15 +63,17 @@ def load_plain_state(
     known: Mapping[str, Any] | None = None,
     skip: Container[str] = (),
     strict: bool = True,
+    device: torch.device | None = None,
 ) -> None:
     """Write a description into an equally constructed object; containers and nested objects are changed in place.
 
     :param known: as for :func:`plain_state`. :param skip: likewise.
     :param strict: False leaves out what has no counterpart yet (an object that a hook will create later).
+    :param device: as for :func:`from_plain`.
     :raises ValueError: another class, a setting that differs, or a description that :func:`plain_state` never gives.
     :raises TypeError: a nested object has no counterpart to be written into.
     """
-    _Decoder(known, strict).object(obj, state, type(obj).__name__, skip)
+    _Decoder(known, strict, device).object(obj, state, type(obj).__name__, skip)
 
 
 def to_plain(value: Any, *, path: str = "state", known: Mapping[str, Any] | None = None) -> Any:
@@ -82,9 +84,15 @@ def to_plain(value: Any, *, path: str = "state", known: Mapping[str, Any] | None
     return _Encoder(known).value(value, path, owned=False)
 
 
-def from_plain(node: Any, current: Any = None, *, known: Mapping[str, Any] | None = None) -> Any:
-    """The value that :func:`to_plain` described, written into ``current`` if that is a container of the same type."""
-    return _Decoder(known, True).value(node, current, "state")
+def from_plain(
+    node: Any, current: Any = None, *, known: Mapping[str, Any] | None = None, device: torch.device | None = None
+) -> Any:
+    """The value that :func:`to_plain` described, written into ``current`` if that is a container of the same type.
+
+    :param device: takes the tensors of other devices than the CPU, wherever they lay, and copies of parameters; None:
+        each goes to the device that it was on. A tensor of the CPU that is no copy of a parameter stays there.
+    """
+    return _Decoder(known, True, device).value(node, current, "state")
 
 
 def class_name(obj: Any) -> str:
@@ -95,8 +103,10 @@ def class_name(obj: Any) -> str:
 def differing_state(first: Any, second: Any, path: str = "") -> str | None:
     """Path of the first place where two descriptions differ by so much as a bit, None if there is none.
 
-    NaN equals NaN, 0.0 differs from -0.0, tensors are compared in dtype, shape and every bit, on any device.
+    NaN equals NaN, 0.0 differs from -0.0, tensors are compared in dtype, shape and every bit, on any device: which one
+    it is makes no difference.
     """
+    first, second = _anywhere(first), _anywhere(second)
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return None if _same_bits(first, second) else path or "value"
     if type(first) is not type(second):
@@ -111,6 +121,16 @@ def differing_state(first: Any, second: Any, path: str = "") -> str | None:
         pairs = enumerate(zip(first, second, strict=True))
         return next((d for i, (a, b) in pairs if (d := differing_state(a, b, f"{path}/{i}"))), None)
     return None if repr(first) == repr(second) else path or "value"
+
+
+def _anywhere(node: Any) -> Any:
+    """A node without the device that it names."""
+    if isinstance(node, dict) and len(node) == 1:
+        if "$on" in node:
+            return node["$on"][1]
+        if "$device" in node:
+            return {"$device": None}
+    return node
 
 
 class _Encoder:
@@ -192,9 +212,10 @@ class _Encoder:
 class _Decoder:
     """One walk back, along the object that is written into."""
 
-    def __init__(self, known: Mapping[str, Any] | None, strict: bool) -> None:
+    def __init__(self, known: Mapping[str, Any] | None, strict: bool, device: torch.device | None) -> None:
         self.known = known or {}
         self.strict = strict
+        self.device = device
 
     def object(self, obj: Any, state: Mapping[str, Any], path: str, skip: Container[str] = ()) -> None:
         saved = state.get("attributes") if isinstance(state, Mapping) else None
@@ -231,7 +252,15 @@ class _Decoder:
     def tagged(self, tag: str, content: Any, current: Any, path: str) -> Any:
         """What stands in a dict with a single key that starts with ``$``."""
         if tag == "$on":
-            return content[1].to(current.device if isinstance(current, Tensor) else content[0], copy=True)
+            there = current.device if isinstance(current, Tensor) else self.device or content[0]
+            return content[1].to(there, copy=True)
+        if tag == "$device" and self.device is not None:
+            saved = torch.device(content)
+            return current if isinstance(current, torch.device) else saved if saved.type == "cpu" else self.device
+        if tag == "$parameter":
+            data = self.value(content["data"], None, path)
+            data = data if self.device is None else data.to(self.device)  # it lies where the parameter lies
+            return ParamData(content["name"], init_tensor=data, device=data.device)
         if tag in _MAPPINGS.values():
             kind = next(k for k, t in _MAPPINGS.items() if t == tag)
             return self.mapping(kind, [(self.value(k, None, path), v) for k, v in content], current, path)
@@ -362,7 +391,6 @@ _DECODE: dict[str, Callable[[Any], Any]] = {
     "$alternatives": lambda v: AlternativeValues(*v),
     "$image": TensorImage,
     "$picture": lambda v: _picture(v["mode"], tuple(v["size"]), v["data"]),
-    "$parameter": lambda v: ParamData(v["name"], init_tensor=v["data"], device=v["data"].device),
     "$ndarray": lambda v: v.numpy(),
     "$scalar": lambda v: v.numpy()[()],
 }

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from avalanche_firn.plugins.run_errors import RunError, StorageError
 from avalanche_firn.plugins.stop_places import chain
 
-__all__ = ["storage_error", "storage_problem", "writing"]
+__all__ = ["no_link", "storage_error", "storage_problem", "writing"]
 
 _MOVE = "move the folder to another disk"
 _FORBIDDEN = "this user may not write there: change the permissions, or move the folder elsewhere"
@@ -36,6 +36,7 @@ _BY_NAME = {
     "ENODEV": "the disk is gone: mount it again",
     "EMFILE": "this process has too many open files (ulimit -n)",
     "ENFILE": "this system has too many open files",
+    "ELOOP": "it is a link, and a run writes through none, since it may lead to any file: put the file in its place",
 }
 _HINTS = {getattr(errno, name): hint for name, hint in _BY_NAME.items() if hasattr(errno, name)}  # not all on Windows
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -77,6 +78,14 @@ def writing(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise storage_error(error, what, path) from error
+
+
+def no_link(path: str | os.PathLike[str], flags: int) -> int:
+    """:func:`os.open` for a file of a run, whose folder may come from a stranger: a link is no file of it.
+
+    :raises OSError: ELOOP, the file is a symbolic link (not noticed on Windows).
+    """
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _system_error(error: BaseException) -> OSError | None:

@@ -160,7 +160,7 @@ def capture_strategy(strategy: Any) -> dict[str, Any]:
 
 
 def restore_strategy(strategy: Any, state: dict[str, Any], *, optimizer: bool = True, final: bool = True) -> None:
-    """Bring a strategy to a captured state.
+    """Bring a strategy to a captured state; what lay on another device than its own goes to the strategy's.
 
     :param optimizer: False leaves the optimizer alone.
     :param final: False before the hooks of an interrupted experience have run again: objects that they create are left
@@ -187,10 +187,10 @@ def _restore(strategy: Any, state: dict[str, Any], *, optimizer: bool, final: bo
         load_optimizer_state(strategy, state["optimizer"])
     known = _known(strategy)
     for plugin, saved in zip(stateful_plugins(strategy), state["plugins"], strict=True):
-        _load_object(plugin, saved, known, strict=final)
+        _load_object(plugin, saved, known, strict=final, device=strategy.device)
     attributes = _template_attributes(strategy)
-    load_plain_state(strategy, state["attributes"], known=known, skip=attributes, strict=final)
-    _load_evaluator(strategy.evaluator, state["evaluator"], known)
+    load_plain_state(strategy, state["attributes"], known=known, skip=attributes, strict=final, device=strategy.device)
+    _load_evaluator(strategy.evaluator, state["evaluator"], known, strategy.device)
     for plugin, flags in zip(_periodic(strategy), state["periodic"], strict=True):
         plugin.do_initial, plugin.do_final, plugin._is_eval_updated = flags
     if state["clock"].keys() != vars(strategy.clock).keys():
@@ -250,13 +250,13 @@ def _object_state(obj: Any, known: dict[str, Any]) -> dict[str, Any]:
     return {"class": name, "kind": "plain", "state": plain_state(obj, known=known)}
 
 
-def _load_object(obj: Any, saved: dict[str, Any], known: dict[str, Any], *, strict: bool) -> None:
+def _load_object(obj: Any, saved: dict[str, Any], known: dict[str, Any], *, strict: bool, device: torch.device) -> None:
     if saved["class"] != class_name(obj):
         raise ValueError(f"checkpoint {saved['class']}, now {class_name(obj)}")
     if saved["kind"] == "own":
-        obj.load_state_dict(from_plain(saved["state"], known=known))
+        obj.load_state_dict(from_plain(saved["state"], known=known, device=device))
     elif saved["kind"] == "plain":
-        load_plain_state(obj, saved["state"], known=known, strict=strict)
+        load_plain_state(obj, saved["state"], known=known, strict=strict, device=device)
 
 
 def _criterion_state(strategy: Any, known: dict[str, Any]) -> dict[str, Any] | None:
@@ -273,7 +273,7 @@ def _load_criterion(strategy: Any, saved: dict[str, Any], known: dict[str, Any])
     if saved["kind"] == "module":
         load_module_state(strategy._criterion, saved["state"], "criterion")
     else:
-        _load_object(strategy._criterion, saved, known, strict=True)
+        _load_object(strategy._criterion, saved, known, strict=True, device=strategy.device)
 
 
 def _evaluator_state(evaluator: Any, known: dict[str, Any]) -> dict[str, Any]:
@@ -297,12 +297,12 @@ def _without_picture(value: Any) -> Any:
     return AlternativeValues(*(form for form in value.alternatives if not isinstance(form, Figure)))
 
 
-def _load_evaluator(evaluator: Any, saved: dict[str, Any], known: dict[str, Any]) -> None:
+def _load_evaluator(evaluator: Any, saved: dict[str, Any], known: dict[str, Any], device: torch.device) -> None:
     for metric, state in zip(evaluator.metrics, saved["metrics"], strict=True):
-        _load_object(metric, state, known, strict=True)
-    evaluator.last_metric_results = from_plain(saved["last"])
+        _load_object(metric, state, known, strict=True, device=device)
+    evaluator.last_metric_results = from_plain(saved["last"], device=device)
     evaluator.all_metric_results.clear()
-    evaluator.all_metric_results.update(from_plain(saved["all"]))
+    evaluator.all_metric_results.update(from_plain(saved["all"], device=device))
     evaluator.active = saved["active"]
 
 

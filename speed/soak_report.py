@@ -28,7 +28,7 @@ _SLOPES = (
 _READING = """
 *Documented*: classifier rows with the copy that alignment keeps, class statistics, pairs and scalars of tasks with the
 tables made of them, computed from the objects themselves. *Bytes in use* holds everything, Python's objects included;
-accounted for are the documented bytes, 1 KiB for each tensor that is kept (object, name, bookkeeping of the allocator),
+accounted for are the documented bytes, 2 KiB for each tensor that is kept (object, gradient, names, allocator),
 12 KiB a task for plain values, and 7 KiB for each type that ctypes keeps. *Resident* bytes are more, since freed
 blocks between used ones can't go back to the system.
 

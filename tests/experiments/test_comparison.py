@@ -214,6 +214,16 @@ def test_folder_of_something_else_is_refused(recipe: Path, tmp_path: Path, capsy
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["thesis.txt"]
 
 
+def test_a_half_written_file_is_no_other_run(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """A process may be killed while it writes the first file of a run."""
+    place = tmp_path / "tiny" / "slca" / "seed-0"
+    place.mkdir(parents=True)
+    (place / ".config.yaml.123.tmp").write_text("name: ti")
+    assert main(["run", str(recipe), "method=slca", "seed=0", "--output", str(tmp_path)]) == 0
+    assert not list(place.glob(".*"))
+    assert_same(place, finished / "slca" / "seed-0")
+
+
 def test_single_run_equals_the_one_of_the_comparison(recipe: Path, finished: Path, tmp_path: Path, capsys) -> None:
     assert main(["run", str(recipe), "method=slca", "seed=0", "--output", str(tmp_path)]) == 0
     assert "slca seed 0 task 2/2" in capsys.readouterr().out

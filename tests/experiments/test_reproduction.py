@@ -111,6 +111,14 @@ def table_of(*folders: Path) -> str:
     return results_text(stored_runs(folders))
 
 
+def test_only_transfers_have_optimizers(tmp_path: Path) -> None:
+    """Keys that this version doesn't know are left as they are, whatever they hold."""
+    for optimizers in ([], None, {"adam": {}}):
+        file = make_run(tmp_path / str(optimizers), "digits", "naive", 0, last(0.9)) / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"optimizers": optimizers}))
+        assert row(section(table_of(file.parent), "digits"), "naive")[2] == "90.00"
+
+
 # ------------------------------------------------------------------- the table
 def test_the_table_in_docs_is_made_from_the_runs_in_docs() -> None:
     """Fails when a run or a recipe changed: firn results docs/results --output docs/results.md makes it again."""

@@ -106,6 +106,23 @@ def test_what_an_archive_says_about_sizes_is_not_believed(tmp_path):
     assert list((tmp_path / "to").iterdir()) == []
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zips_that_zipfile_decompresses_without_a_bound(tmp_path, method):
+    """200 MB of zeros in a member that announces ten bytes: nothing of it is decompressed."""
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", method) as members, members.open("a/zeros", "w") as out:
+        for _ in range(200):
+            out.write(bytes(MB))
+    content = bytearray(archive.read_bytes())
+    struct.pack_into("<I", content, content.index(b"PK\x01\x02") + 24, 10)
+    archive.write_bytes(content)
+    tracemalloc.start()
+    refused(archive, tmp_path / "to", rf"holds 'a/zeros', compressed by method {method} of zip; accepted: stored or")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * MB
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_number_and_bytes_of_members(tmp_path, kind):
     files = {f"a/{i}": b"12345" for i in range(20)}
@@ -127,8 +144,13 @@ def test_copies_of_links_count(tmp_path):
     refused(archive, tmp_path / "to", r"more than 1\.5 times", Limits(ratio=1.5, keep_free=0))
 
 
-def test_the_disk_must_have_room(tmp_path, monkeypatch):
-    archive = zip_of(tmp_path / "a.zip", {"a": b"x" * 1000})
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_the_disk_must_have_room(tmp_path, monkeypatch, kind):
+    """A zip announces all of its bytes, a tar those of each member when it comes."""
+    if kind == "zip":
+        archive = zip_of(tmp_path / "a.zip", {"a": b"x" * 1000})
+    else:
+        archive = tar_of(tmp_path / "a.tar", [file_of("a", b"x" * 1000)])
     usage = archives.shutil._ntuple_diskusage(10**9, 10**9 - 1500, 1500)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage)
     refused(archive, tmp_path / "to", r"needs 1,000 bytes, and 1,500 are free in .*501 more", Limits(keep_free=501))
@@ -142,10 +164,41 @@ def test_headers_are_not_read_into_memory_whole(tmp_path):
         info.type = kind
         archive = tar_of(tmp_path / f"{name}.tar.gz", [(info, bytes(40 * MB)), file_of("a/b")], "w:gz")
         tracemalloc.start()
-        refused(archive, tmp_path / "to", r"holds a header of [\d,]+ bytes; accepted: at most 16,777,216")
+        refused(archive, tmp_path / "to", r"holds a header of [\d,]+ bytes; accepted: at most 1,048,576")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 10 * MB
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_before_a_member_are_counted_together(tmp_path, kind):
+    """Forty of 600 kB, which tarfile would keep until the member comes."""
+    data = b"600000 comment=" + b"a" * (600_000 - 16) + b"\n"
+    many = []
+    for _ in range(40):
+        info = tarfile.TarInfo("././@LongLink")
+        info.type = kind
+        many.append((info, data))
+    archive = tar_of(tmp_path / "a.tar.gz", [*many, file_of("a/b")], "w:gz")
+    tracemalloc.start()
+    refused(archive, tmp_path / "to", r"holds a header of 1,2\d\d,\d+ bytes; accepted: at most 1,048,576")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15 * MB
+    single = tar_of(tmp_path / "b.tar", [item for i in range(9) for item in (many[0], file_of(f"a/{str(i) * 120}"))])
+    if kind == tarfile.XHDTYPE:  # each before a member of its own
+        unpack(single, tmp_path / "to", limits=ROOMY)
+
+
+def test_headers_for_all_members_do_not_pile_up(tmp_path):
+    """Each of nine members brings one, and tarfile keeps them to the end."""
+    items = []
+    for i in range(9):
+        info = tarfile.TarInfo("g")
+        info.type = tarfile.XGLTYPE
+        items += [(info, b"600000 key%d=" % i + b"a" * (600_000 - 13) + b"\n"), file_of(f"a/{i}")]
+    refused(tar_of(tmp_path / "a.tar", items), tmp_path / "to", "holds a header of 2 entries for all members; accepted")
+    unpack(tar_of(tmp_path / "b.tar", items[:2]), tmp_path / "to", limits=ROOMY)
 
 
 def sparse_header(size: int, real: int, pieces: list[tuple[int, int]]) -> bytes:

@@ -102,6 +102,24 @@ def no_waiting() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+def test_a_frame_that_is_larger_than_the_header_said(monkeypatch):
+    """Of a GIF, whose later frames may reach beyond its picture."""
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    content = bytearray(buffer.getvalue())
+    second = content.rindex(b"\x2c\0\0\0\0")  # of the frame: its place, width and height
+    struct.pack_into("<HH", content, second + 5, 100, 100)
+    monkeypatch.setattr(image_bounds, "MAX_PIXELS", 5000)
+    with (
+        pytest.raises(ValueError, match=r"10,000 pixels \(100 x 100\); accepted: at most 5,000"),
+        bounded_image(bytes(content)) as image,
+    ):
+        image.seek(1)
+    with bounded_image(bytes(content)) as image:
+        assert image.size == (4, 4)
+
+
 # ----------------------------------------------------------------- made images
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

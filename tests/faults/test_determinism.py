@@ -124,6 +124,22 @@ def test_random_transforms_are_the_same_whatever_the_number_of_workers(
     assert none["tensors"] != one["tensors"]
 
 
+@pytest.mark.slow
+def test_the_fast_path_draws_other_numbers_in_loader_processes(
+    runs: Runs, recipes: dict[str, Path], run_root: Path
+) -> None:
+    """And the results say that it was off."""
+    place, case = run_root / "augmented", "zapping"
+    words = ("performance.memory=off", "training.num_workers=1")
+    for name, more in (("1", ()), ("slow", ("performance.fast_path=false",))):
+        if not (place / name).exists():
+            assert runs.launch(place / name, recipes[case], *words, *more) is None
+    fast, slow = (story(place / name / "kills" / case / "seed-0") for name in ("1", "slow"))
+    assert fast["tensors"] != slow["tensors"]
+    assert slow["results"]["performance"] == fast["results"]["performance"] | {"fast_path": False}
+    assert slow["results"]["config_digest"] == fast["results"]["config_digest"]  # of what is the same experiment
+
+
 def digits(runs: Runs, place: Path, *words: str) -> dict[str, Any]:
     """SLCA on the recipe digits, an epoch per task."""
     assert runs.launch(place, "digits", "method=slca", *ONE_TASK, *words) is None

@@ -209,6 +209,70 @@ def _limited(resource: Any, recipe: Path, folder: Path, told: Path) -> None:
     os._exit(5)
 
 
+# ------------------------------------------------------------------ held images
+HOLD = """
+import sys, torch, numpy as np
+from pathlib import Path
+from avalanche_firn.benchmarks.image_store import Place, decode
+
+folder, greys = Path(sys.argv[1]), int(sys.argv[2])
+
+class Rows:
+    def __len__(self):
+        return 600
+
+    def __getitem__(self, row):
+        if row == 300 and greys == 0:  # another program takes what is free
+            try:
+                (folder / "other").write_bytes(b"x" * 6_000_000)
+            except OSError:
+                pass
+        return row, 0
+
+def load(row):
+    colours = torch.arange(3, dtype=torch.uint8).view(3, 1, 1) * (row >= greys)
+    return torch.full((3, 64, 64), row % 200, dtype=torch.uint8) + colours
+
+place = Place(torch.device("cpu"), folder / "a.uint8")
+try:
+    store, = decode(Rows(), [0] * 600, np.arange(600), [load], [place], label="x", quiet=True)
+    print("held", all(torch.equal(store.images[i], load(i)) for i in range(600)))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "greys", "told"),
+    [("9m", 0, "held True"), ("4m", 0, "No space left on device"), ("9m", 400, "No space left on device")],
+    ids=["filled meanwhile", "too small", "too small for the colours"],
+)
+def test_a_disk_that_runs_full_under_held_images(size: str, greys: int, told: str, tmp_path: Path) -> None:
+    """What is written through a mapping has its place before: the process isn't ended by SIGBUS, no half is left."""
+    with small_disk(tmp_path / "disk", size) as disk:
+        done = subprocess.run([sys.executable, "-c", HOLD, disk, str(greys)], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip() == told, (done.returncode, done.stdout, done.stderr)
+        assert {path.name for path in disk.iterdir()} == ({"a.uint8", "other"} if told == "held True" else set())
+
+
+def test_file_systems_that_reserve_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    from avalanche_firn.benchmarks.image_store import _reserve
+
+    for number in (errno.EOPNOTSUPP, errno.EINVAL, None, errno.ENOSPC):
+        with monkeypatch.context() as patch, (tmp_path / "x").open("wb") as file:
+            if number is None:
+                patch.delattr(os, "posix_fallocate", raising=False)  # macOS
+            else:
+                refuse = lambda *args, number=number: (_ for _ in ()).throw(no_room(number))  # noqa: E731
+                patch.setattr(os, "posix_fallocate", refuse, raising=False)
+            if number == errno.ENOSPC:
+                with pytest.raises(OSError, match="No space"):
+                    _reserve(file.fileno(), 1000)
+            else:
+                _reserve(file.fileno(), 1000)
+                assert (tmp_path / "x").stat().st_size == 1000
+
+
 # ------------------------------------------------------ every operation in its turn
 def strike_files(patch: pytest.MonkeyPatch, folder: Path, at: int, number: int, *, once: bool = True) -> Strike:
     """An error in the n-th operation that writes below a folder."""

@@ -205,6 +205,12 @@ class _Slow(torch.utils.data.Dataset[Any]):
             "has died (killed: Segmentation fault)",
         ),
         ("unable to write to file </torch_12_34_5>: No space left on device (28)", "shared memory (/dev/shm) is full"),
+        (
+            "Too many open files. Communication with the workers is no longer possible. Please increase the limit "
+            "using `ulimit -n` in the shell or change the sharing strategy",
+            "too many open files; what helps: a higher limit (ulimit -n), or training.num_workers=0",
+        ),
+        ("received 0 items of ancdata", "too many open files; what helps: a higher limit (ulimit -n)"),
         ("DataLoader timed out after 300 seconds", "have given nothing for 300 seconds: they hang, or the disk does"),
         ("Pin memory thread exited unexpectedly", "a thread that loads images has died"),
     ],

@@ -6,13 +6,17 @@ executed, waited for or read into memory beyond the size of the file.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import sys
+import time
 import tracemalloc
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parent))
+from fault_tools import assert_same, firn, shared_recipe, single, strike_loss, whole_run
 from strangers import patch_torchvision, payload, python2_batch, small_cifar, write_cifar
 
 from avalanche_firn.benchmarks import cifar, classic
@@ -33,12 +38,17 @@ from avalanche_firn.benchmarks.split_lists import read_name_lists, read_split
 from avalanche_firn.benchmarks.streams import StreamError
 from avalanche_firn.evaluation import landscape as landscapes
 from avalanche_firn.evaluation.landscape import Landscape
+from avalanche_firn.experiments import transfer_run
 from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.export import ExportError, load_exported
 from avalanche_firn.experiments.export_formats import own_state
+from avalanche_firn.experiments.results import write_text
+from avalanche_firn.experiments.runner import run
 from avalanche_firn.models.backbones import WeightsError, load_backbone
 from avalanche_firn.models.heads import TaskwiseLinearHead
 from avalanche_firn.models.parts import FeatureClassifier
+from avalanche_firn.models.weight_files import read_weights
+from avalanche_firn.plugins.run_errors import StorageError
 
 TINY = dict(embed_dim=32, depth=1, num_heads=2)
 
@@ -169,6 +179,100 @@ def test_pickles_ask_for_no_more_memory_than_they_have_bytes(tmp_path, state):
     assert size < 300_000 and f"has {size:,} bytes and announces 20," in refusal(tmp_path / "c.pth")
 
 
+def bare(path: Path, pickled: bytes) -> Path:
+    """A file of before torch 1.6, with that state dict and no bytes behind it."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system)]
+    path.write_bytes(b"".join([*parts, b"\x80\x02" + pickled + b".", pickle.dumps([], 2)]))
+    return path
+
+
+def tensor_of(storage: bytes, length: int) -> bytes:
+    """A dictionary with one tensor over all of a storage, as a pickle has it."""
+    count = pickle.dumps(length, 2)[2:-1]
+    stored = b"(X\x07\0\0\0storagec" + storage + b"\nX\x01\0\0\x000X\x03\0\0\0cpu" + count + b"NtQ"
+    built = b"ctorch._utils\n_rebuild_tensor_v2\n(" + stored + b"K\0" + count + b"\x85K\x01\x85\x89"
+    return b"}X\x01\0\0\0a" + built + b"ccollections\nOrderedDict\n)RtRs"
+
+
+HUGE = pickle.dumps(10**12, 2)[2:-1]
+ASKING = {
+    "bytearray": (b"cbuiltins\nbytearray\n" + HUGE + b"\x85R", "more than tensors (builtins.bytearray)"),
+    "of Python 2": (b"c__builtin__\nbytearray\n" + HUGE + b"\x85R", "more than tensors (__builtin__.bytearray)"),
+    "a new object": (b"ctorch\nTensor\n" + HUGE + b"\x85\x81", "more than tensors (torch.Tensor)"),
+    "a storage that is called": (
+        b"ctorch.storage\nUntypedStorage\n" + HUGE + b"\x85R",
+        "more than tensors (torch.storage.UntypedStorage)",
+    ),
+    "a storage without bytes": (tensor_of(b"torch\nFloatStorage", 10**11), "asks for storages of 400,000,000,000"),
+    "hexadecimal digits": (b"c_codecs\nencode\n", "more than tensors (_codecs.encode)"),
+    "copies": (b"]" + b"(" + b"K\0" * 200 + b"eq\0" + b"ccollections\nCounter\nh\0\x85R0" * 9, "operation POP"),
+    "copies that are kept": (
+        b"]q\x01(](" + b"K\0" * 99 + b"eq\0" + b"ccollections\nCounter\nq\x02h\0\x85R" + b"h\x02h\0\x85R" * 99 + b"e",
+        "copies more values than its",
+    ),
+    "a mark that isn't there": (b"t", "its pickle is damaged"),
+    "nothing": (b"", "its pickle is damaged"),
+}
+
+
+@pytest.mark.parametrize("where", ["bare", "archive"])
+@pytest.mark.parametrize(("pickled", "told"), ASKING.values(), ids=ASKING)
+def test_what_pickles_ask_torch_to_build(tmp_path, state, monkeypatch, pickled, told, where):
+    """Told before torch reads the file."""
+    path = bare(tmp_path / "w.pth", pickled)
+    if where == "archive":
+        with zipfile.ZipFile(path, "w") as members:
+            members.writestr("w/data.pkl", b"\x80\x02" + pickled + b".")
+            members.writestr("w/version", b"3")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch has read it"))
+    assert told in refusal(path)
+
+
+def test_archives_that_two_readers_could_read_differently(tmp_path, state, monkeypatch):
+    """torch goes by the first four bytes, and finds the index by its own rules."""
+    whole = written(tmp_path / "v.pth", state).read_bytes()
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch has read it"))
+    path = tmp_path / "w.pth"
+    locator = len(whole) - 42
+    assert whole[locator : locator + 4] == b"PK\x06\x07"
+    moved = bytearray(whole)
+    struct.pack_into("<Q", moved, locator + 8, 100)
+    for content, told in (
+        (whole + b"PK\x05\x06", "begins as an archive and doesn't end as one"),
+        (whole[:-2] + b"\1\0x", "begins as an archive and doesn't end as one"),
+        (bytes(moved), "the end of the archive isn't where it says"),
+        (whole[:30] + b"x" + whole[30:], "isn't where it says"),
+        (b"PK\x03\x04", "begins as an archive and doesn't end as one"),
+    ):
+        path.write_bytes(content)
+        assert told in refusal(path)
+    with zipfile.ZipFile(path, "w") as members:
+        members.writestr("w/data.pkl", b"\x80\x02}.")
+        members.writestr("w/DATA.PKL", b"\x80\x02}.")
+    assert "holds 2 files data.pkl" in refusal(path)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_everything_that_training_scripts_save_is_read(tmp_path, state, archive):
+    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.bool, torch.complex64)
+    ordered = OrderedDict(state)
+    ordered._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    content = {
+        "state_dict": ordered,
+        "all kinds": {str(kind): torch.ones(2, dtype=kind) for kind in kinds},
+        "optimizer": optimizer.state_dict(),
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4]).state_dict(),
+        "plain": [1, (2.5, None, True), "x", 2**70, torch.Size([1, 2]), torch.float32, torch.device("cpu"), set()],
+        "views": [torch.nn.Parameter(torch.ones(2)), torch.arange(9.0)[3:5], torch.zeros(0)],
+    }
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=archive)
+    found = read_weights(tmp_path / "w.pth")
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
 def test_what_is_no_file(tmp_path, state):
     for name, make in {"folder": Path.mkdir, "pipe": os.mkfifo}.items():
         for suffix in (".safetensors", ".pth"):
@@ -274,6 +378,33 @@ def test_exports_that_lie(tmp_path, exported, change, told, monkeypatch):
     assert told in str(caught.value) and "e.safetensors" in str(caught.value)
 
 
+def test_exports_of_architectures_that_their_tensors_do_not_fill(tmp_path, exported):
+    """A hundred bytes that name a network of four billion values, and a shape without values that allows any size."""
+    import resource
+
+    def giant(structure: Any, tensors: Any) -> None:
+        structure["backbone"]["name"] = "vit_giant_patch14_224"
+
+    def flat(structure: Any, tensors: Any) -> None:
+        tensors["x"] = torch.zeros(30_000, 0)
+        structure["projector"] = {"hidden_features": 30_000, "out_features": 30_000, "normalize": True}
+
+    def square(structure: Any, tensors: Any) -> None:
+        tensors["x"] = torch.zeros(30_000)
+        structure["projector"] = {"hidden_features": 30_000, "out_features": 30_000, "normalize": True}
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for change, told in (
+        (giant, "its modules have more than"),
+        (square, "its modules have more than"),
+        (flat, "projector.hidden_features is 30000; no tensor is larger than"),
+    ):
+        with pytest.raises(ExportError) as caught:
+            load_exported(changed_export(exported, tmp_path / "e.safetensors", change))
+        assert told in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
 @pytest.mark.parametrize(
     "header",
     [{"class_ids": "[0]"}, {"labels": "5"}, {"class_ids": "["}, {"structure": "[" * 100_000}, {"labels": "[]"}],
@@ -332,6 +463,22 @@ def test_landscapes_of_strangers(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"w\.npz isn't a landscape"):
             Landscape.load(tmp_path / "w")
     assert not marker.exists()
+    with zipfile.ZipFile(tmp_path / "l.npz") as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    for shape in ((10**13,), (10**17, 10**17), (10**12, 0), (2,), (4,)):  # three values are there
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"shape": shape, "fortran_order": False, "descr": "<f8"})
+        with zipfile.ZipFile(tmp_path / "w.npz", "w") as made:
+            for name, content in members.items():
+                values = b"" if 0 in shape else content[-24:]
+                made.writestr(name, header.getvalue() + values if name == "xs.npy" else content)
+        with pytest.raises(ValueError, match=r"w\.npz isn't a landscape as it was saved: xs\.npy announces"):
+            Landscape.load(tmp_path / "w")
+    with zipfile.ZipFile(tmp_path / "w.npz", "w", zipfile.ZIP_BZIP2) as made:
+        for name, content in members.items():
+            made.writestr(name, content)
+    with pytest.raises(ValueError, match=r"xs\.npy is compressed by method 12; accepted is deflated"):
+        Landscape.load(tmp_path / "w")
     monkeypatch.setattr(landscapes, "MAX_BYTES", 10**6)
     np.savez_compressed(tmp_path / "w.npz", **{**arrays, "loss": np.zeros((1000, 1000))})
     assert (tmp_path / "w.npz").stat().st_size < 20_000
@@ -358,6 +505,14 @@ def test_lists_of_strangers(tmp_path):
         "numbers.yaml": "data: [1, 2]",
         "outside.txt": "a/../x.png\n",
         "bytes.txt": None,
+        "twice.yaml": "data: [a/x.png]\ndata: [a/c.png]\n",
+        "merged.yaml": "a0: &a0 {x: 1}\n"
+        + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12))
+        + "data: [a/b.png]\n",
+        "deep-beside.yaml": "data: [a/b.png]\nx: " + "[" * 300_000,
+        "two.yaml": "data: [a/b.png]\n---\ndata: [a/c.png]\n",
+        "key.yaml": "? [data]\n: [a/b.png]\n",
+        "inner.yaml": "data: [[a/b.png]]",
     }
     for name, text in texts.items():
         path = tmp_path / name
@@ -365,6 +520,18 @@ def test_lists_of_strangers(tmp_path):
         with pytest.raises(StreamError) as caught:
             read_name_lists(path, good)
         assert str(path) in str(caught.value), name
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(StreamError, match=r"large\.txt cannot be read: it has 67,108,865 bytes"):
+        read_name_lists(tmp_path / "large.txt", good)
+    begun = time.perf_counter()
+    (tmp_path / "commas.txt").write_text("a/b" + "," * 200_000 + "x\nb/c.png , 17\nb/d7\n")
+    assert read_name_lists(tmp_path / "commas.txt", good)[0] == ["a/b" + "," * 200_000 + "x", "b/c.png", "b/d7"]
+    assert time.perf_counter() - begun < 5
+    (tmp_path / "other.yaml").write_text(
+        "x: {data: [1], y: [{}]}\n'data': ['x/y/1.png', \"b/2.png\", 007/a b.png]\nz: 3\n"
+    )
+    assert read_name_lists(tmp_path / "other.yaml", good)[0] == ["007/a b.png", "b/2.png", "y/1.png"]
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", tmp_path):
         with pytest.raises(StreamError, match="it is no file"):
@@ -634,3 +801,82 @@ def test_only_the_environment_can_say_that_pickles_are_trusted(tmp_path, monkeyp
     monkeypatch.setattr(classic.classic, "SplitMNIST", lambda **kwargs: loader_of(path, "file")())
     with pytest.raises(StreamError, match="has the streams"):  # the unpickled path is no benchmark
         avalanche_stream("SplitMNIST")
+
+
+# ------------------------------------------------------------------- folders of runs
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut") / "naive" / "seed-0"
+    with pytest.MonkeyPatch.context() as patch:
+        strike_loss(patch, 9, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(single(shared_recipe(tmp_path_factory)), folder, quiet=True, say=None)
+    return folder
+
+
+LINKS = {
+    "lock": ("can't write the lock of a run", "it is a link"),
+    "checkpoint/lock": ("can't write the lock of a run", "it is a link"),
+    "metrics.csv": ("metrics.csv is a link to ",),
+    "events.out.tfevents.*": ("events.out.tfevents.", " is a link to "),
+    "checkpoint": ("checkpoint is a link to ", "(a link to the whole folder of a run is accepted)"),
+    "checkpoint/step-000000008": ("step-000000008 is a link to ",),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LINKS)
+def test_nothing_is_written_through_a_link_in_the_folder_of_a_run(name, interrupted, tmp_path, capfd):
+    folder = Path(shutil.copytree(interrupted, tmp_path / "seed-0"))
+    place, target = next(folder.glob(name), folder / name), tmp_path / "precious"
+    if place.is_dir():
+        shutil.copytree(place, target)
+        (target / ".old-mail").mkdir()
+        shutil.rmtree(place)
+    else:
+        target.write_text("letters\n" * 1000)
+        place.unlink(missing_ok=True)
+    place.symlink_to(target)
+    before = {p: p.read_bytes() if p.is_file() else None for p in (target, *target.rglob("*"))}
+    status, _, told = firn(["resume", folder, "--quiet"], capfd)
+    assert status == 1 and "Traceback" not in told
+    assert all(words in told for words in LINKS[name]), told
+    assert {p: p.read_bytes() if p.is_file() else None for p in (target, *target.rglob("*"))} == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_metrics_begin_behind_a_link(tmp_path_factory, tmp_path):
+    """Without a checkpoint; the link leads to where no file is yet."""
+    folder = tmp_path / "naive" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").symlink_to(tmp_path / "new")
+    with pytest.raises(StorageError, match=r"can't write the metrics of a run, .*metrics\.csv.*it is a link"):
+        run(single(shared_recipe(tmp_path_factory)), folder, quiet=True, say=None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_is_not_written_through_a_link_under_its_first_name(tmp_path):
+    (tmp_path / "precious").write_text("letters")
+    (tmp_path / f".results.json.{os.getpid()}.tmp").symlink_to(tmp_path / "precious")
+    write_text(tmp_path / "results.json", "{}")
+    assert (tmp_path / "precious").read_text() == "letters" and (tmp_path / "results.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "results.json"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_landscape_is_not_written_through_a_link(tmp_path):
+    rows = np.zeros((3, 3))
+    made = Landscape(xs=np.arange(3.0), ys=np.arange(3.0), loss=rows, accuracy=rows, path=np.zeros((1, 2)))
+    for end in (".npz", "-loss.png", "-accuracy.png"):
+        (tmp_path / f"precious{end}").write_text("letters")
+        (tmp_path / f"landscape-adam{end}").symlink_to(tmp_path / f"precious{end}")
+    transfer_run._save(made, tmp_path / "landscape-adam")
+    assert all(path.read_text() == "letters" for path in tmp_path.glob("precious*"))
+    assert np.array_equal(Landscape.load(tmp_path / "landscape-adam").loss, rows)
+
+
+def test_a_run_folder_may_be_reached_through_a_link(interrupted, tmp_path, tmp_path_factory, capfd):
+    shutil.copytree(interrupted, tmp_path / "elsewhere")
+    (tmp_path / "seed-0").symlink_to(tmp_path / "elsewhere")
+    assert firn(["resume", tmp_path / "seed-0", "--quiet"], capfd)[0] == 0
+    assert_same(tmp_path / "elsewhere", whole_run(tmp_path_factory))

@@ -34,6 +34,7 @@ from avalanche_firn.experiments.errors import ConfigError
 from avalanche_firn.experiments.report_figures import curves
 from avalanche_firn.experiments.results import group_runs, read_results
 from avalanche_firn.experiments.results_form import read_environment
+from avalanche_firn.experiments.tensorboard_curves import group_curves
 from avalanche_firn.experiments.unfinished import find_unfinished
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
@@ -200,7 +201,7 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[None]:
     record_property("fuzzed", calls.told(WHAT, TOLD - before))
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(600, 10, 2))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(300, 10, 2))
 def test_damaged_files(comparisons: dict[str, Path], tmp_path: Path, part: int, cases: int) -> None:
     (tmp_path / "home").mkdir()
 
@@ -299,8 +300,22 @@ RESULTS: dict[str, tuple[str, Change, str]] = {
     "another experiment": ("stream", lambda r: r.update(experiment="x"), "doesn't know"),
     "half a letter": ("stream", lambda r: r.update(method="\ud800"), "can't be read"),
     "curves of another length": ("transfer", lambda r: _first(r)["logged_after"].pop(), "doesn't fit logged_after"),
+    "a protocol without shots": ("contrastive", lambda r: r.update(probes=[_probe("shots")]), "protocol.shots: Field"),
+    "a protocol without rates": ("contrastive", lambda r: r.update(probes=[_probe("lr")]), "protocol.lr: Field requ"),
+    "a figure that overflows": ("stream", lambda r: r["figures"].update({"accuracy/last": 1e308}), "figures.accuracy"),
+    "seconds that overflow": ("stream", lambda r: r["cost"].update(seconds=1e308), "cost.seconds"),
+    "a name without end": ("stream", lambda r: r.update(method="a" + " " * 40_000 + "b"), "method: String should have"),
     "no optimizers": ("transfer", lambda r: r.update(optimizers={}), "optimizers: "),
 }
+
+
+def _probe(without: str) -> dict[str, Any]:
+    """A probe of every kind, but for one field of its protocol."""
+    protocol = {"adapt": ["knn", "linear", "fine_tune"], "shots": None, "k": 20, "temperature": 0.07, "solver": "lbfgs"}
+    protocol |= {"l2": None, "lr": [0.1], "momentum": 0.9, "weight_decay": 0.0, "epochs": 1, "batch_size": 8}
+    protocol |= {"task_aware": False, "seed": 0, "when": "after every task"}
+    del protocol[without]
+    return {"protocol": protocol, "matrices": {}}
 
 
 def _first(results: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +330,18 @@ def test_results_that_are_none(
     with pytest.raises(ConfigError, match=re.escape(told)) as caught:
         read_results(place)
     assert str(place / "results.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lorac/frozen", "cila/floor-active"])
+def test_a_curve_that_is_longer_than_the_others(comparisons: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """All pages are rendered: missing cells of the others are dashes."""
+    kind = "stream" if name.startswith("lorac") else "contrastive"
+    place = results_with(comparisons, tmp_path, lambda r: r["curves"].setdefault(name, [1.0]).append(1.0), kind)
+    out = tmp_path / "out"
+    with quick(tmp_path):
+        found = calls.call("report", str(place), "--output", str(out))
+    assert found.status == 0 and found.escaped is None, found.err
+    assert (out / "report.md").stat().st_size > 0 and (out / "report.html").stat().st_size > 0
 
 
 def test_all_kept_results_are_read(comparisons: dict[str, Path]) -> None:
@@ -339,6 +366,16 @@ def test_a_step_that_no_run_has_takes_no_memory(comparisons: dict[str, Path], tm
     with calls.bounded(gigabytes=1):
         drawn = curves(group_runs([read_results(place)]), "drift/cka")
     assert [values.shape[1] for values in drawn.values()] == [5]
+
+
+def test_a_value_without_end_has_no_place_on_a_chart(comparisons: dict[str, Path], tmp_path: Path) -> None:
+    place = results_with(comparisons, tmp_path, lambda results: None, "stream")
+    groups = group_runs([read_results(place)])
+    before = group_curves(groups, lambda tag: True, lambda tag: True)
+    with (place / "metrics.csv").open("a") as file:
+        file.write("8,drift/cka,-inf\n")
+    (curves_now,) = group_curves(groups, lambda tag: True, lambda tag: True)
+    assert [curves_now] == before and curves_now["drift/cka"]["mean"]
 
 
 TORN = ("9999999999999,accuracy/last,0.5", "x" * 200_000, "4,accuracy/last,inf", "1_0,accuracy/last,1")

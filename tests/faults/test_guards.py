@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from avalanche.training.plugins import EWCPlugin, SupervisedPlugin
+from avalanche.training.supervised import StreamingLDA
+from avalanche.training.templates.base_sgd import PeriodicEval
 from safetensors.torch import load_file
 from torch import nn
 
@@ -35,6 +37,7 @@ from avalanche_firn.plugins import (
     MixedPrecisionPlugin,
     ZappingPlugin,
 )
+from avalanche_firn.plugins import finite_guard as guard_module
 from avalanche_firn.plugins.checkpoint_files import checkpoints
 from avalanche_firn.plugins.class_statistics import ClassGaussians
 from avalanche_firn.plugins.cluster_gaussians import ClusterGaussians
@@ -206,6 +209,98 @@ def test_clipping_does_not_blur_which_gradient_it_was(stream):
     for place in (2, 3):  # in the middle of an epoch, and in its last iteration, whose gradients are still there
         strategy = build("naive", Break(spoil_gradient, iteration=place), Clip())
         stopped(strategy, stream, rf"iteration {place} .*the gradient of 1 of 10 parameters isn't finite \(backbone.m")
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_values_that_were_clipped_had_no_end_all_the_same(stream, every):
+    """When it is read makes no difference: afterwards all gradients are finite."""
+
+    class Clip(SupervisedPlugin):
+        stateless = True
+
+        def before_update(self, strategy, **kwargs):
+            nn.utils.clip_grad_value_(strategy.model.parameters(), 1.0)
+
+    for place in (2, 3):
+        strategy = build("naive", Break(spoil_gradient, iteration=place), Clip(), guard=False)
+        strategy.plugins.insert(0, FiniteGuardPlugin(every=every))
+        stopped(strategy, stream, rf"iteration {place} .*the gradient of 1 of 10 parameters isn't finite \(backbone.m")
+
+
+def test_a_sum_of_halves_does_not_leave_the_range_of_halves():
+    sums = guard_module._sums([torch.full((100,), 6e4, dtype=torch.float16)])
+    assert bool(sums[0].isfinite())
+    if torch.cuda.is_available():
+        mixed = [torch.full((100,), 6e4, dtype=d, device="cuda") for d in (torch.float16, torch.float32)]
+        assert all(bool(s.isfinite()) for s in guard_module._sums(mixed))
+        mixed.append(torch.full((2,), 1e300, dtype=torch.float64, device="cuda"))
+        assert all(bool(s.isfinite()) for s in guard_module._sums(mixed))
+
+
+def test_the_last_group_of_an_epoch_may_be_smaller():
+    """Three mini-batches in groups of two: the third is a group of its own."""
+    labels = [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
+    strategy = build("naive", Break(spoil_gradient), performance={"accumulate": 2})
+    words = r"epoch 0, iteration 2 .*the gradient of 1 of 10 parameters isn't finite \(backbone.mix.b"
+    stopped(strategy, stream_of_labels(labels, labels), words)
+
+
+def test_an_evaluation_inside_an_epoch_is_not_blamed(stream):
+    strategy = build("naive", Break(spoil_loss, experience=0, iteration=1))
+    strategy.plugins.append(PeriodicEval(eval_every=1, peval_mode="iteration", do_initial=False))
+    with pytest.raises(NonFiniteError, match=r"^experience 0 .*, epoch 0, iteration 1 .*: the loss is nan; it was 0\."):
+        strategy.train(stream.train[0], eval_streams=[stream.test])
+
+
+def test_what_plugins_do_after_the_last_epoch(stream):
+    spoil = fill("backbone.mix.bias", NAN)
+    strategy = build("naive", Break(spoil, event="after_training_epoch", iteration=4))
+    stopped(strategy, stream, r"^experience 1 .*, after its training .*: weight backbone\.mix\.bias isn't finite\.")
+
+
+class Masked(Tiny):
+    """With the usual causal mask in front of the last layer, and a range that is observed."""
+
+    def __init__(self, maps=4):
+        super().__init__(maps)
+        self.register_buffer("mask", torch.full((4, 4), -INF).triu_(1), persistent=False)
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, x):
+        rows = torch.relu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
+        return self.mix(self.attention(rows, rows, rows, attn_mask=self.mask)[0].flatten(1))
+
+
+def test_buffers_that_are_infinite_by_design(monkeypatch, stream, tmp_path):
+    monkeypatch.setattr(tiny_cases, "Tiny", Masked)
+    checkpoint = ExactCheckpointPlugin(tmp_path, every=2)
+    strategy = build("naive", checkpoint)
+    checkpoint.resume(strategy)
+    run(strategy, stream)
+    for value in (INF, NAN):  # it is watched from where it isn't what it was
+        strategy = build("naive", Break(fill("backbone.mask", value), event="after_update", iteration=3))
+        stopped(strategy, stream, r"by iteration 3 .*: buffer backbone\.mask isn't finite, while losses and gradients")
+    strategy = build("naive")
+    fill("backbone.norm.running_var", INF)(strategy)
+    words = r"^experience 0 .*, before its first iteration .*: buffer backbone\.norm\.running_var isn't finite"
+    stopped(strategy, stream, words)
+
+
+def test_a_strategy_without_an_optimizer(stream):
+    def made(*plugins):
+        body = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU())
+        settings = dict(input_size=16, num_classes=4, output_layer_name=None, evaluator=None, plugins=list(plugins))
+        loss = nn.CrossEntropyLoss()
+        return StreamingLDA(
+            slda_model=body, criterion=loss, train_epochs=1, train_mb_size=4, eval_mb_size=4, **settings
+        )
+
+    strategy = made(FiniteGuardPlugin())
+    run(strategy, stream)
+    strategy = made(FiniteGuardPlugin())
+    next(strategy.model.parameters()).data[0] = NAN
+    words = r"^experience 0 .*, before its first iteration .*: weight .* isn't finite\. Precision fp32\."
+    stopped(strategy, stream, words)
 
 
 def test_loss_scaling_may_meet_infinite_gradients_but_no_loss(stream):
@@ -444,6 +539,16 @@ def test_outputs_of_an_evaluation(monkeypatch, stream, method, more):
     stopped(strategy, stream, words)
 
 
+def test_the_loss_of_an_evaluation(monkeypatch, stream):
+    """Outputs may be finite where the loss isn't; no metric looks at it."""
+    strategy = build("naive")
+    strategy.evaluator.metrics = []
+    own = strategy._criterion
+    monkeypatch.setattr(strategy, "_criterion", lambda x, y: own(x, y) * (1 if torch.is_grad_enabled() else NAN))
+    words = r"^evaluation of experience 0 .*: the loss is nan; all weights are finite, so the forward pass overflows"
+    stopped(strategy, stream, words)
+
+
 def test_features_of_an_evaluation_by_task_inference(monkeypatch, stream):
     strategy = poisoned(monkeypatch, "lorac_ipc", stream, experience=0, class_id=1, alignment=None, guard=False)
     strategy.evaluator.metrics = []
@@ -505,6 +610,16 @@ training: {{epochs: 1, batch_size: 64, optimizer: {{lr: 1.0e+30}}}}
 checkpoint: {{every: 1}}
 methods: [naive]
 """
+
+
+def test_without_a_guard_a_checkpoint_may_hold_the_same(tmp_path, capsys):
+    """Figures that can't be read end the run all the same."""
+    (tmp_path / "broken.yaml").write_text(RECIPE.format(output=tmp_path / "runs"), encoding="utf-8")
+    words = ["run", str(tmp_path / "broken.yaml"), "performance.finite_guard=false", "--quiet"]
+    assert main(words) == 1
+    shown = capsys.readouterr().err
+    words = r"evaluation of experience 0 .*The last checkpoint is kept: \S+, made without a guard"
+    assert re.search(words, shown), shown
 
 
 def test_the_command_line_shows_no_traceback(tmp_path, capsys):

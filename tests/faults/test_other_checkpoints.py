@@ -19,11 +19,12 @@ import pytest
 import torch
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.templates.base_sgd import BaseSGDTemplate
 from safetensors.torch import load_file
 
 from avalanche_firn.experiments.runner import run
 from avalanche_firn.plugins import checkpoint as checkpoint_module
-from avalanche_firn.plugins import checkpoint_files, strategy_state
+from avalanche_firn.plugins import checkpoint_files, plain_state, strategy_state
 from avalanche_firn.plugins.accumulation import GradientAccumulationPlugin
 from avalanche_firn.plugins.checkpoint_files import CheckpointError, checkpoints
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
@@ -32,8 +33,8 @@ from avalanche_firn.plugins.random_state import capture_random_state, restore_ra
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "plugins"))
 from checkpoint_recipes import assert_same, crash, mlp, play, sgd, stream
+from fault_tools import Strike, firn, outcome, shared_recipe, single, strike_loss, whole_run
 from fault_tools import assert_same as assert_same_run
-from fault_tools import firn, shared_recipe, single, strike_loss, whole_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -76,6 +77,53 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     sums = [f"{digest}  state.json" if line.endswith("state.json") else line for line in lines]
     (path / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+
+
+# ------------------------------------------------------------------ on another device
+def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Numbers with a point are described as those of tensors on a GPU; states of generators never lie there."""
+    own = plain_state._Encoder.value
+
+    def value(self: Any, thing: Any, path: str, **options: Any) -> Any:
+        found = own(self, thing, path, **options)
+        return {"$on": ["cuda:0", found]} if isinstance(found, torch.Tensor) and found.is_floating_point() else found
+
+    patch.setattr(plain_state._Encoder, "value", value)
+
+
+@pytest.mark.parametrize("there", ["gpu", "cpu"])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("naive", ("training.optimizer={name: adamw}",)),
+        ("slca", ()),
+        pytest.param("ewc", (), marks=pytest.mark.slow),
+        pytest.param("der", ("methods.der.rehearsal.mem_size=8",), marks=pytest.mark.slow),
+    ],
+)
+def test_from_another_kind_of_device(
+    there: str, method: str, words: tuple[str, ...], tmp_path: Path, tmp_path_factory: Any, monkeypatch: Any
+) -> None:
+    """Saved on a GPU and resumed here; or saved here, and what is loaded is compared with tensors on a GPU."""
+    config = single(shared_recipe(tmp_path_factory), method, f"methods=[{method}]", *words)
+    folder, whole = tmp_path / "cut", tmp_path / "whole"
+    run(config, whole, quiet=True, say=None)
+    with monkeypatch.context() as patch:
+        if there == "gpu":
+            as_on_a_gpu(patch)
+        strike = Strike(KeyboardInterrupt, 9)
+        patch.setattr(BaseSGDTemplate, "backward", strike.around(BaseSGDTemplate.backward, "backward"))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, folder, quiet=True, say=None)
+    text = (checkpoints(folder / "checkpoint")[0] / "state.json").read_text()
+    assert (text.count('"$on":["cuda:0"') > 5) is (there == "gpu")
+    with monkeypatch.context() as patch:
+        if there == "cpu":
+            as_on_a_gpu(patch)
+        run(config, folder, quiet=True, say=None)
+    found, expected = outcome(folder), outcome(whole)
+    found["weights"] = {name.replace("/$on/1", ""): content for name, content in found["weights"].items()}
+    assert found == expected
 
 
 # ---------------------------------------------------------------- continued with words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch import nn
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.memory_advice import memory_advice
 from avalanche_firn.experiments.recipe import dump, load_recipe
+from avalanche_firn.experiments.results_form import read_environment
 from avalanche_firn.experiments.resume_settings import (
     accepted_settings,
+    declared,
     declared_text,
     plan_with_settings,
     with_settings,
@@ -68,6 +71,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return whole_run(tmp_path_factory)
 
 
+@pytest.fixture(scope="module")
+def cut(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted in its ninth step."""
+    folder = tmp_path_factory.mktemp("cut") / "naive" / "seed-0"
+    with pytest.MonkeyPatch.context() as patch:
+        strike_loss(patch, 9, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(single(recipe), folder, quiet=True, say=None)
+    return folder
+
+
 # --------------------------------------------------------------- what counts as it
 @pytest.mark.parametrize(
     "error",
@@ -80,6 +94,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("CUDA error: CUSPARSE_STATUS_ALLOC_FAILED when calling `cusparseCreate(handle)`"),
         RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n...: can't allocate memory"),
     ],
     ids=lambda error: f"{type(error).__name__}-{str(error)[:24]}",
@@ -250,6 +268,67 @@ def test_what_would_be_another_experiment_is_refused(
     assert status == 2
     assert re.search(message, told, re.DOTALL), told
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_unknown_settings_are_refused_of_a_finished_run_too(reference: Path, capsys: Any) -> None:
+    before = {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
+    status, _, told = firn(["resume", reference, "nonsense.key=1", "precision=bf16", "--quiet"], capsys)
+    assert status == 2 and "nonsense.key" in told and "precision: can't be changed" in told, told
+    assert firn(["resume", reference, "performance.memory=off", "--quiet"], capsys)[0] == 0
+    assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
+
+
+def test_only_settings_that_were_in_effect_are_declared(
+    cut: Path, reference: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """What was stopped before the next checkpoint is done again, with other settings."""
+    folder = Path(shutil.copytree(cut, tmp_path / "seed-0"))
+    for words in (["performance.accumulate=4"], ["training.eval_batch_size=2", "performance.fast_path=false"]):
+        with monkeypatch.context() as patch:
+            strike_loss(patch, 1, KeyboardInterrupt)
+            assert firn(["resume", folder, *words, "--quiet"], capsys)[0] == 130
+    assert firn(["resume", folder, "--quiet"], capsys)[0] == 0
+    assert_same(folder, reference)
+    entries = json.loads((folder / "environment.json").read_text())["resumed_in"]
+    assert [entry["from"] for entry in entries] == ["step-000000008"] * 3 and "settings" in entries[0]
+
+
+def test_what_is_declared() -> None:
+    def entry(place: str, **settings: Any) -> dict[str, Any]:
+        return {"from": place, "settings": {key.replace("__", "."): value for key, value in settings.items()}}
+
+    first = entry("start", threads=1)
+    end, inside = entry("step-000000009-end", training__eval_batch_size=2), entry("step-000000009", device="cpu")
+    old = {"settings": {}}  # of a version that didn't say from where
+    for later, kept in (
+        ([end], [first, end]),
+        ([inside, end], [first, inside, end]),
+        ([end, inside], [first, inside]),
+        ([inside, {"from": "step-000000009"}], [first]),
+        ([inside, {"from": "step-000000012"}], [first, inside]),
+        ([inside, old], [first, inside]),
+        ([inside, {"from": "start"}], []),
+    ):
+        assert declared(first | {"resumed_in": later}) == kept
+    rounding = {"performance.one_pass_evaluation": False, "performance.fast_path": False, "progress": True}
+    told = declared({"settings": rounding})
+    assert told == [{"from": "start", "settings": {k: v for k, v in rounding.items() if k != "progress"}}]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"date": ', "[]", '{"resumed_in": 3}', '{"resumed_in": [3]}', '{"settings": 5}', '{"from": 3}']
+)
+def test_a_damaged_environment_decides_nothing(
+    content: str, cut: Path, reference: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = Path(shutil.copytree(cut, tmp_path / "seed-0"))
+    (folder / "environment.json").write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"environment.json .*; it is kept as refused-environment.json"):
+        status, _, told = firn(["resume", folder, "--quiet"], capsys)
+    assert status == 0, told
+    assert_same(folder, reference)
+    assert (folder / "refused-environment.json").read_text() == content
+    assert read_environment(folder / "environment.json")["from"] == "step-000000008"
 
 
 def test_settings_of_a_comparison_reach_its_unfinished_runs(recipe: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import unicodedata
 import warnings
 from html.parser import HTMLParser
@@ -26,7 +27,12 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 from report_pages import made_up_runs, read_page
 
-from avalanche_firn.evaluation.comparison_figures import cost_figure, differences_figure, ranking_figure
+from avalanche_firn.evaluation.comparison_figures import (
+    cost_figure,
+    differences_figure,
+    frozen_map_figure,
+    ranking_figure,
+)
 from avalanche_firn.evaluation.dynamics_figures import cosine_figure
 from avalanche_firn.evaluation.figures import curves_figure, save_figure, task_matrix_figure
 from avalanche_firn.evaluation.landscape import Landscape
@@ -87,6 +93,20 @@ def test_escapes_of_every_kind(text):
     assert not re.search(r"\][(\[:]", line)
     cell = csv_cell(text)
     assert not re.match(r"\s*[=+\-@]", cell) or re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?|[+-](nan|inf)", cell)
+
+
+def test_texts_of_white_space_take_no_time():
+    begun = time.perf_counter()
+    for text in ("a" + " " * 200_000 + "b", "a" + " \n" * 100_000 + "b", "\t" * 200_000):
+        for escape in (one_line, markdown_line, csv_cell, html_text, visible):
+            escape(text)
+    assert time.perf_counter() - begun < 5
+    assert one_line("a \n \r\n b\n") == "a b " and one_line("\n\n") == " " and one_line(" a  b ") == " a  b "
+
+
+def test_numbers_of_blocks_in_names_fill_no_memory():
+    names = ["b.9999999999999.q", "b.²." + "q", "b." + "9" * 5000 + ".q", "b.2.q"]
+    assert frozen_map_figure([names]).axes
 
 
 def test_ordinary_texts_stay_to_the_byte():
@@ -480,6 +500,8 @@ def test_tensorboard_is_started_on_loopback_without_a_shell(tmp_path, monkeypatc
         pid, returncode = 0, 0
 
         def __init__(self, command: list[str], **options: Any) -> None:
+            # -m takes modules of the current folder, below Python 3.11 whatever the environment says
+            assert list(Path(options["cwd"]).iterdir()) == [] and Path(options["cwd"]).is_absolute()
             started.append((command, options))
 
         def wait(self, timeout: float | None = None) -> int:

@@ -157,3 +157,15 @@ def test_the_report_is_a_page_and_a_figure_of_the_record(tmp_path: Path, capsys:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="--case is 'none such'; of soak accepted: SLCA, LoRAC-IPC"):
         soak.rows(Settings(case="none such"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", soak.METHODS)
+def test_two_hundred_tasks(method: str) -> None:
+    """Memory and handles; times depend on what else the machine does, and are measured by ``python -m speed soak``."""
+    rows = by_name(soak.rows(Settings(case=method)))
+    assert {"bytes of tensors", "files", "threads", "children"} <= rows.keys()
+    for name, row in rows.items():
+        if row.quantity != "time":
+            assert row.met, f"{name}: {row.ratio} times {row.to_what}"

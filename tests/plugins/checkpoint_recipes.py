@@ -182,7 +182,8 @@ def growing_by_iteration(plugins, loggers=()):
 
 def sgd(model: nn.Module, plugins: list[Any], loggers=(), strategy: Any = Naive, **kwargs: Any):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    settings = {**COMMON, "evaluator": evaluator(*loggers), **kwargs}
+    # Avalanche's default criterion is one object for all strategies of a process
+    settings = {**COMMON, "criterion": nn.CrossEntropyLoss(), "evaluator": evaluator(*loggers), **kwargs}
     return strategy(model=model, optimizer=optimizer, plugins=plugins, **settings)
 
 

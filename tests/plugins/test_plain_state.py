@@ -295,6 +295,25 @@ def test_elapsed_time_leaves_out_the_pause(monkeypatch):
     assert after.time.result() == 5.0
 
 
+def test_tensors_of_a_device_that_is_not_here_go_to_the_one_that_is():
+    ones, here = torch.ones(3), torch.device("cpu")
+    there = {
+        "moment": {"$on": ["cuda:7", ones]},
+        "place": {"$device": "cuda:7"},
+        "penalty": {"$parameter": {"name": "w", "data": {"$on": ["cuda:7", ones]}}},
+    }
+    found = from_plain(there, device=here)
+    assert torch.equal(found["moment"], ones) and found["place"] == here
+    assert found["penalty"].device == here and torch.equal(found["penalty"].data, ones)
+    assert differing_state(there, to_plain(found)) is None
+    assert differing_state({"a": {"$on": ["cuda:7", ones]}}, {"a": ones + 1}) == "/a"
+    # the other way round, on a device that no number reaches: copies of parameters follow the model, others stay
+    gpu = torch.device("meta")
+    saved = to_plain({"penalty": ParamData("w", init_tensor=ones, device="cpu"), "seen": ones})
+    found = from_plain(saved, device=gpu)
+    assert found["penalty"].data.device == gpu and found["seen"].device == here
+
+
 def test_differences_are_found_to_the_bit():
     base = to_plain({"a": [1, 0.0, torch.zeros(2)], "n": float("nan")})
     assert differing_state(base, to_plain({"a": [1, 0.0, torch.zeros(2)], "n": float("nan")})) is None
