@@ -7,8 +7,9 @@ from setuptools import setup
 FOLDERS = ("models", "benchmarks", "plugins", "evaluation", "strategies", "experiments")
 ROOT = Path(__file__).parent
 HUGGINGFACE = ["datasets>=4.0"]  # runs no code of a data set's own
+RAY = ["ray[client]>=2.40"]  # client: for --on ray://HOST:PORT
 # peft: loads adapters back; playwright: drives the Chromium that looks at dashboards
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15", "playwright>=1.40", *HUGGINGFACE]
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.15", "playwright>=1.40", *HUGGINGFACE, *RAY]
 
 setup(
     name="avalanche-firn",
@@ -43,6 +44,7 @@ setup(
     ],
     extras_require={
         "huggingface": HUGGINGFACE,
+        "ray": RAY,
         "test": TESTS,
         "dev": [
             *TESTS,

@@ -36,6 +36,8 @@ from avalanche_firn.experiments.narration import (
     resume_command,
     stopped_text,
 )
+from avalanche_firn.experiments.places import RayPlace, place_of
+from avalanche_firn.experiments.printed_commands import commands_text, printed_commands
 from avalanche_firn.experiments.recipe import copy_recipe, load_experiment, parse, read_recipe
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own) and return its exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     parser, output = build_parser(), sys.stdout
+    if _follows():
+        return _follow(parser, words)
     scripted = JsonNarrator(lambda line: print(line, file=output, flush=True)) if "--json" in words else None
     try:
         # argparse can't mix options between two groups of positionals: what it leaves over goes to `words`
@@ -95,6 +99,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"firn: {visible(str(outside))}", file=sys.stderr)
         return FAILED
+
+
+def _follows() -> bool:
+    """Whether this is one of the processes of ``torchrun`` that write nothing: all but the first."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+
+
+def _follow(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Take part in what the first process does; it tells of all but errors that are this process's own."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            with contextlib.redirect_stderr(nowhere):
+                arguments, rest = parser.parse_known_args(words)
+            arguments.words, arguments.scripted, arguments.quiet = [*arguments.words, *rest], None, True
+            if arguments.command not in ("compare", "run", "resume"):
+                return OK
+            return _COMMANDS[arguments.command](arguments)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        except (_UsageError, ConfigError):
+            return WRONG
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _joined(config: Config | TransferExperiment) -> Iterator[None]:
+    """Inside, the processes of ``torchrun`` work together; alone, nothing happens."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    if isinstance(config, TransferExperiment):
+        raise ConfigError(
+            "a transfer experiment learns image by image, which several processes can't share; without torchrun, "
+            "firn compare does its runs one after the other, and --print-commands gives one command per run"
+        )
+    from avalanche_firn.plugins.process_group import end_processes, start_processes
+
+    try:
+        start_processes(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    yield
+    end_processes()  # not after an error: torchrun ends the others
 
 
 def _recipe_and_overrides(words: Sequence[str], default: str | None) -> tuple[str, list[str]]:
@@ -141,18 +189,22 @@ def _terminable() -> Iterator[None]:
 
 
 def _train(
-    arguments: argparse.Namespace, folder: Path, work: Callable[[Any], Any], settings: Sequence[str] = ()
+    arguments: argparse.Namespace,
+    config: Config | TransferExperiment,
+    folder: Path,
+    work: Callable[[Any], Any],
+    settings: Sequence[str] = (),
 ) -> int:
     """Run `work`, which gets a narrator, and turn its end into an exit status with a word on how to go on.
 
-    `settings`: ``key=value`` that runs go on with.
+    `settings`: words that the command which goes on has, too.
     """
     from avalanche_firn.plugins.checkpoint_errors import CheckpointError
 
     told: list[str] = []  # shown after the traceback
     narrator = arguments.scripted or TextNarrator(quiet=arguments.quiet, stopped=told.append)
     try:
-        with _terminable():
+        with _terminable(), _joined(config):
             done = work(narrator)
     except ConfigError:
         raise
@@ -170,7 +222,8 @@ def _train(
             text = f"{outside}\n{text}"
         elif event == "failed":
             traceback.print_exc()
-        print("\n" * (event == "interrupted") + f"firn: {visible(text)}", file=sys.stderr)
+        who = f"process {os.environ['RANK']}: " if _follows() else ""
+        print("\n" * (event == "interrupted") + f"firn: {who}{visible(text)}", file=sys.stderr)
         return INTERRUPTED if event == "interrupted" else FAILED
     if not arguments.scripted:
         print(visible(str(done)))
@@ -189,6 +242,10 @@ def _from_outside(error: BaseException) -> Exception | None:
         return error
     if is_out_of_memory(error):
         return out_of_memory(error)
+    from avalanche_firn.plugins.process_group import lost_process
+
+    if (lost := lost_process(error)) is not None:
+        return lost
     problem = storage_problem(error)
     return None if problem is None else storage_error(problem, "a file", problem.filename or ".", verb="use")
 
@@ -205,15 +262,60 @@ def _compared(config: Config | TransferExperiment, **options: Any) -> Any:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    place = _place(arguments)
     config = _loaded(arguments, DEFAULT_RECIPE)
+    if arguments.print_commands:
+        return _print_commands(arguments, config)
     _calm()
     from avalanche_firn.experiments.run_folders import comparison_folder
 
-    work = lambda narrator: _compared(config, fresh=arguments.fresh, narrator=narrator)  # noqa: E731
-    return _train(arguments, comparison_folder(config), work)
+    work = lambda narrator: _compared(config, fresh=arguments.fresh, narrator=narrator, on=place)  # noqa: E731
+    return _train(arguments, config, comparison_folder(config), work, () if place is None else place.words)
+
+
+def _place(arguments: argparse.Namespace) -> RayPlace | None:
+    place = place_of(arguments.on, arguments.gpus_per_run, arguments.cpus_per_run)
+    if place is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise _UsageError("--on ray and torchrun exclude each other: one shares runs, the other the work of a run")
+    return place
+
+
+def _print_commands(arguments: argparse.Namespace, config: Config | TransferExperiment) -> int:
+    for option, given in (("--fresh", arguments.fresh), ("--on", arguments.on != "local")):
+        if given:
+            raise _UsageError(f"--print-commands and {option} exclude each other: the commands may be given again")
+    source, overrides = _recipe_and_overrides(arguments.words, DEFAULT_RECIPE)
+    facts = printed_commands(source, overrides, config, quiet=arguments.quiet)
+    if arguments.scripted:
+        arguments.scripted.tell("commands", **facts)
+    else:
+        print(commands_text(facts))
+    return OK
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    with _working_in(arguments.directory):
+        return _run_here(arguments)
+
+
+@contextlib.contextmanager
+def _working_in(directory: str | None) -> Iterator[None]:
+    """Work from a folder, and go back."""
+    if directory is None:
+        yield
+        return
+    before = os.getcwd()
+    try:
+        os.chdir(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem("--directory", f"{directory!r}: {error}", "a folder that is there")) from None
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _run_here(arguments: argparse.Namespace) -> int:
     chosen = {"method": None, "seed": None}
     rest = []
     for word in arguments.words:
@@ -231,7 +333,7 @@ def _run(arguments: argparse.Namespace) -> int:
     single = config.single(method, seed)
     folder = run_folder(comparison_folder(config), method, seed)
     work = lambda narrator: _compared(single, fresh=arguments.fresh, narrator=narrator, summary=False)  # noqa: E731
-    return _train(arguments, folder, work)
+    return _train(arguments, config, folder, work)
 
 
 def _one(config: Config | TransferExperiment, method: object, seed: object) -> tuple[str, int]:
@@ -257,7 +359,7 @@ def _one(config: Config | TransferExperiment, method: object, seed: object) -> t
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    settings, folder = list(arguments.words), arguments.folder
+    place, settings, folder = _place(arguments), list(arguments.words), arguments.folder
     folders = [str(folder), *(word for word in settings if "=" not in word)]
     if len(folders) > 1:
         raise _UsageError(f"one folder is accepted, found {', '.join(folders)}")
@@ -266,17 +368,18 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{folder} holds no config.yaml; give the folder of a run or of a comparison")
     config = load_experiment(file)
     _calm()
-    return _train(arguments, folder, lambda narrator: _resumed(config, folder, narrator, settings), settings)
+    work = lambda narrator: _resumed(config, folder, narrator=narrator, settings=settings, on=place)  # noqa: E731
+    return _train(arguments, config, folder, work, [*settings, *(() if place is None else place.words)])
 
 
-def _resumed(config: Config | TransferExperiment, folder: Path, narrator: Any, settings: Sequence[str]) -> Any:
+def _resumed(config: Config | TransferExperiment, folder: Path, **options: Any) -> Any:
     if isinstance(config, TransferExperiment):
         from avalanche_firn.experiments.transfer_comparison import resume_transfers
 
-        return resume_transfers(config, folder, narrator=narrator, settings=settings)
+        return resume_transfers(config, folder, **options)
     from avalanche_firn.experiments.comparison import resume
 
-    return resume(config, folder, narrator=narrator, settings=settings)
+    return resume(config, folder, **options)
 
 
 def _report(arguments: argparse.Namespace) -> int:

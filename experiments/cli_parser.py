@@ -54,12 +54,19 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"recipe (default {DEFAULT_RECIPE}), overrides",
     )
     _training_options(sub)
+    _place_options(sub)
+    sub.add_argument(
+        "--print-commands",
+        action="store_true",
+        help="train nothing: print one command per run, for job arrays and other schedulers; each may be given again",
+    )
 
     sub = command("run", "train one method with one seed", f"method=NAME seed=N choose the run. {_OVERRIDES}")
     sub.add_argument(
         "words", nargs="+", metavar="RECIPE|key=value", help="recipe name or file, method=NAME, seed=N, overrides"
     )
     _training_options(sub)
+    sub.add_argument("--directory", metavar="DIR", help="work from there: where relative paths begin (default: here)")
 
     sub = command(
         "resume",
@@ -70,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", type=Path, help="folder of a run or of a comparison")
     sub.add_argument("words", nargs="*", metavar="key=value", help="settings to go on with")
+    _place_options(sub)
     _telling_options(sub)
 
     sub = command(
@@ -152,6 +160,45 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--fresh", action="store_true", help="delete what earlier calls left of these runs and start over")
     _telling_options(sub)
+
+
+def _place_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--on",
+        default="local",
+        metavar="PLACE",
+        help="local: here, one run after the other (default); ray: runs at the same time on the Ray cluster that "
+        "RAY_ADDRESS names, or that ray start began on this machine, or a new one here; ray://HOST:PORT: on a cluster "
+        "through its client server. All machines must see the folder of the runs. Needs avalanche-firn[ray]",
+    )
+    sub.add_argument(
+        "--gpus-per-run",
+        type=_number,
+        metavar="X",
+        help="with --on ray: share of a GPU for each run, 0 to 1 (default: 1 where the device is cuda, or auto and the "
+        "cluster has GPUs)",
+    )
+    sub.add_argument(
+        "--cpus-per-run",
+        type=_count,
+        metavar="N",
+        help="with --on ray: CPU cores that a run is given room for; changes no result (default: threads or "
+        "training.num_workers of the recipe, whichever is more; without threads 1 beside a GPU, else what torch uses "
+        "here)",
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't accepted; a number from 0 to 1") from None
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 7):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't accepted; a whole number, at least 1")
+    return int(text)
 
 
 def _telling_options(sub: argparse.ArgumentParser) -> None:

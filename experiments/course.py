@@ -21,9 +21,15 @@ from avalanche_firn.experiments.run_folders import Planned
 from avalanche_firn.experiments.run_watch import RunWatch
 from avalanche_firn.experiments.time_left import TimeLeft, about
 
-__all__ = ["Course", "ReportBudget"]
+__all__ = ["Course", "ReportBudget", "identity_of"]
 
 Runs = list[dict[str, Any]]
+
+
+def identity_of(planned: Planned[Any]) -> dict[str, Any]:
+    """What the events of a run say of it: method, strategy, seed, folder."""
+    method, seed = planned.config.methods[0], planned.config.seeds[0]
+    return {"method": method.name, "strategy": method.strategy, "seed": seed, "folder": planned.folder}
 
 
 class ReportBudget:
@@ -98,12 +104,7 @@ class Course:
         Raises:
             whatever a run raises, after what is finished was told and its report written.
         """
-        for planned in self.plan:
-            kept = read_results(planned.folder) if planned.finished else None
-            if kept is not None:
-                self.found[planned.folder] = kept
-                self.time_left.kept(kept["method"], kept["cost"]["seconds"])
-        self._tell_start()
+        self._begin()
         budget, overall = ReportBudget(clock=self._clock), self._overall()
         try:
             for number, planned in enumerate(self.plan, 1):
@@ -120,6 +121,15 @@ class Course:
             overall.close()
         return self._runs()
 
+    def _begin(self) -> None:
+        """Take what is finished, and tell that the others begin."""
+        for planned in self.plan:
+            kept = read_results(planned.folder) if planned.finished else None
+            if kept is not None:
+                self.found[planned.folder] = kept
+                self.time_left.kept(kept["method"], kept["cost"]["seconds"])
+        self._tell_start()
+
     def _runs(self) -> Runs:
         """What is finished, in the order of the plan."""
         return [self.found[planned.folder] for planned in self.plan if planned.folder in self.found]
@@ -132,17 +142,12 @@ class Course:
     def _one(
         self, one: Callable[[Planned[Any], RunWatch], dict[str, Any]], planned: Planned[Any], number: int, overall: Any
     ) -> dict[str, Any]:
-        method, seed = planned.config.methods[0], planned.config.seeds[0]
         self._current = planned
-        identity = {"method": method.name, "strategy": method.strategy, "seed": seed, "folder": planned.folder}
-        counted = {"number": number, "runs": len(self.plan)}
-        left = self.time_left.seconds_left()
-        resumed = (planned.folder / "checkpoint").is_dir()
-        self.narrator.tell("run_started", **counted, **identity, resumed=resumed, seconds_left=left)
-        self.time_left.begin(method.name)
+        self._tell_started(planned, number, resumed=(planned.folder / "checkpoint").is_dir())
+        self.time_left.begin(planned.config.methods[0].name)
         several = len(self.plan) > 1
         watch = RunWatch(
-            **identity,
+            **identity_of(planned),
             narrator=self.narrator,
             bars=self.bars,
             time_left=self.time_left,
@@ -159,16 +164,21 @@ class Course:
         self._current = None
         if overall is not None:
             overall.show(len(self.found) + 1 if several else 100)
-        self.narrator.tell(
-            "run_finished",
-            **counted,
-            **identity,
-            figures=found.get("figures", {}),
-            seconds=found["cost"]["seconds"],
-            seconds_left=self.time_left.seconds_left(),
-            to_come=self._to_come() - 1,
-        )
+        self._tell_finished(planned, number, found, to_come=self._to_come() - 1)
         return found
+
+    def _tell_started(self, planned: Planned[Any], number: int, *, resumed: bool) -> None:
+        facts = {"number": number, "runs": len(self.plan)} | identity_of(planned)
+        left = self.time_left.seconds_left()
+        self.narrator.tell("run_started", **facts, resumed=resumed, seconds_left=left)
+
+    def _tell_finished(self, planned: Planned[Any], number: int, found: dict[str, Any], *, to_come: int) -> None:
+        facts = {"number": number, "runs": len(self.plan)} | identity_of(planned)
+        left, seconds = self.time_left.seconds_left(), found["cost"]["seconds"]
+        figures = found.get("figures", {})
+        self.narrator.tell(
+            "run_finished", **facts, figures=figures, seconds=seconds, seconds_left=left, to_come=to_come
+        )
 
     def _overall(self) -> Overall | None:
         """The upper bar."""

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 
 from avalanche_firn.experiments.errors import ConfigError, Problem
+from avalanche_firn.models.processes import process_count
 
 __all__ = [
     "describe_environment",
     "git_commit",
+    "own_device",
     "package_versions",
+    "processes_of",
     "resolve_device",
     "seed_everything",
     "use_deterministic",
@@ -46,6 +49,19 @@ def resolve_device(name: str) -> torch.device:
         have = f"torch {torch.__version__} sees {count} CUDA devices here"
         raise ConfigError(Problem("device", f"{name!r} isn't available: {have}", "auto, cpu" + ", cuda" * bool(count)))
     return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: in a distributed run on GPUs the one that it has taken, else the one given."""
+    if process_count() == 1 or device.type != "cuda":
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def processes_of(environment: dict[str, Any]) -> list[int]:
+    """Numbers of processes that a run had, in the order in which it had them, from its ``environment.json``."""
+    found = [part.get("device", {}).get("processes", 1) for part in (environment, *environment.get("resumed_in", []))]
+    return [count for index, count in enumerate(found) if index == 0 or count != found[index - 1]]
 
 
 def seed_everything(seed: int) -> None:
@@ -99,6 +115,8 @@ def _git(root: Path, *arguments: str) -> str:
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Day (UTC), Python, platform, versions, commit, device and threads, as plain values for ``environment.json``."""
     hardware: dict[str, Any] = {"type": device.type, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    if process_count() > 1:
+        hardware["processes"] = process_count()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         hardware |= {

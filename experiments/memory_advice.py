@@ -14,6 +14,7 @@ from pathlib import Path
 
 from avalanche_firn.experiments.config import Config
 from avalanche_firn.experiments.errors import ConfigError
+from avalanche_firn.experiments.narration import firn_command
 from avalanche_firn.experiments.resume_settings import with_settings
 
 __all__ = ["Advice", "memory_advice"]
@@ -132,4 +133,4 @@ def _table(entries: tuple[tuple[str, str], ...]) -> list[str]:
 
 def _command(folder: Path, settings: list[str]) -> str:
     last = {setting.partition("=")[0]: setting for setting in settings}  # a later value replaces an earlier one
-    return " ".join(["firn resume", shlex.quote(str(folder)), *map(shlex.quote, last.values())])
+    return " ".join([f"{firn_command()} resume", shlex.quote(str(folder)), *map(shlex.quote, last.values())])

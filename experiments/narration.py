@@ -10,9 +10,11 @@ experience             method, strategy, seed, folder, task (from 1), tasks, cla
 pretrained             of a transfer experiment: method, strategy, seed, folder, figures, seconds
 transferred            of a transfer experiment: the same and optimizer
 run_finished           number, runs, method, strategy, seed, folder, figures, seconds, seconds_left, to_come (runs)
+run_failed             of runs at the same time, whose others go on: method, strategy, seed, folder, error
 note                   text
 interrupted, failed    folder, finished, left (lists of method, seed), runs, seconds_left, resume, report; failed: error
 comparison_finished    folder, trained, kept, methods, report, dashboard
+commands               of ``--print-commands``: folder, commands (lists of method, seed, folder, command), report
 report                 of ``firn report``: methods, unfinished, report
 error                  of a wrong configuration or usage: message, problems (path, reason, accepted, hint)
 =====================  ================================================================================================
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +44,7 @@ __all__ = [
     "TextNarrator",
     "error_facts",
     "figures_over_seeds",
+    "firn_command",
     "plain",
     "report_files",
     "resume_command",
@@ -81,9 +85,18 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def firn_command() -> str:
+    """How this process was called, as a shell takes it: ``firn``, or ``torchrun`` with the module."""
+    processes, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if processes == "1":
+        return "firn"
+    launch = f"torchrun --nproc-per-node={here}" + (" ..." if here != processes else "")  # ...: of several machines
+    return f"{launch} -m avalanche_firn.experiments.cli"
+
+
 def resume_command(folder: Path, settings: Sequence[str] = ()) -> str:
     """The command that goes on in a folder, as a shell takes it; `settings`: ``key=value`` that it goes on with."""
-    return " ".join(["firn resume", *(shlex.quote(word) for word in (str(folder), *settings))])
+    return " ".join([f"{firn_command()} resume", *(shlex.quote(word) for word in (str(folder), *settings))])
 
 
 def report_files(folder: Path | None) -> dict[str, Path | None] | None:
@@ -198,12 +211,17 @@ def _run_finished(facts: Mapping[str, Any]) -> str:
     return f"{head}: {', '.join(part for part in parts if part)}" + (f"; {left}" if left else "")
 
 
+def _run_failed(facts: Mapping[str, Any]) -> str:
+    return f"{facts['method']} seed {facts['seed']} failed, the others go on: {facts['error']}"
+
+
 _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "run_started": _run_started,
     "experience": _experience,
     "pretrained": _pretrained,
     "transferred": _transferred,
     "run_finished": _run_finished,
+    "run_failed": _run_failed,
 }
 
 

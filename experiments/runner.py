@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ from avalanche_firn.experiments.dynamics_results import (
 )
 from avalanche_firn.experiments.environment import (
     describe_environment,
+    own_device,
+    processes_of,
     resolve_device,
     seed_everything,
     use_deterministic,
@@ -74,11 +76,14 @@ from avalanche_firn.experiments.slca_results import slca_curves
 from avalanche_firn.experiments.tensorboard_table import RUN_SECONDS, hyper_parameters
 from avalanche_firn.models.backbones import Backbone
 from avalanche_firn.models.feature_cache import FeatureCache
+from avalanche_firn.models.processes import process_count, process_rank
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files, refuse_links, sync
+from avalanche_firn.plugins.distributed import DistributedPlugin
 from avalanche_firn.plugins.event_files import abandon, quiet_writers
 from avalanche_firn.plugins.fast_path import FastPathPlugin
 from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
+from avalanche_firn.plugins.process_group import first_process_first, wait_for_all
 from avalanche_firn.plugins.run_errors import StorageError
 from avalanche_firn.plugins.storage_stop import writing
 
@@ -101,8 +106,9 @@ class _Recorder:
     dynamics: TaskDynamics | None
     efficiency: Efficiency
     evaluator: EvaluationPlugin
-    board: TensorboardLogger
-    table: CsvLogger
+    board: TensorboardLogger | None
+    table: CsvLogger | None
+    """Both None in a distributed run's other processes."""
 
 
 @contextmanager
@@ -119,18 +125,13 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     dynamics = build_dynamics(config, stream, evaluated)
     confusion = TaskConfusion(stream=name)
     extra += [metric for metric in (given_task, confusion, bound, dynamics) if metric is not None]
-    table = CsvLogger(folder / _METRICS)
-    try:
-        board = TensorboardLogger(folder)
-    except BaseException:
-        table.close()
-        raise
+    board, table = _loggers(folder)
     evaluator = EvaluationPlugin(
         *metrics,
         *extra,
         *device_accuracy_metrics(),
         *device_loss_metrics(),
-        loggers=[board, table],
+        loggers=[logger for logger in (board, table) if logger is not None],
         collect_all=False,
     )
     matrix = next(metric for metric in metrics if isinstance(metric, ResultMatrixMetric))
@@ -138,12 +139,26 @@ def _recorder(config: Config, folder: Path, stream: Stream, evaluated: Any, cach
     try:
         yield _Recorder(matrix, given_task, confusion, probes, bound, dynamics, efficiency, evaluator, board, table)
     except BaseException:
-        abandon(board.writer)
-        with suppress(StorageError):  # what ended the run is told, and not that a full disk is still full
-            table.close()
+        if board is not None and table is not None:
+            abandon(board.writer)
+            with suppress(StorageError):  # what ended the run is told, and not that a full disk is still full
+                table.close()
         raise
-    board.writer.close()  # raises if an event was lost
-    table.close()
+    if board is not None and table is not None:
+        board.writer.close()  # raises if an event was lost
+        table.close()
+
+
+def _loggers(folder: Path) -> tuple[TensorboardLogger, CsvLogger] | tuple[None, None]:
+    """What writes a run's scalars, in the process that writes."""
+    if process_rank() != 0:
+        return None, None
+    table = CsvLogger(folder / _METRICS)
+    try:
+        return TensorboardLogger(folder), table
+    except BaseException:
+        table.close()
+        raise
 
 
 def run(
@@ -184,7 +199,9 @@ def run(
     running = config if running is None else running
     settings = tuple(f"{key}={json.dumps(value)}" for key, value in given(config, running).items())
     standing = Standing(running, folder, settings)
-    with told_stops(standing), claimed(folder), quiet_writers():
+    # in a distributed run every process does all of it, and the first one writes
+    held = claimed(folder) if process_rank() == 0 else nullcontext()
+    with told_stops(standing), held, quiet_writers():
         done = read_results(folder)  # another process may have finished it in the meantime
         return done if done is not None else _run(config, running, standing, quiet, say, images, watch)
 
@@ -201,30 +218,33 @@ def _run(
     """The run itself. `own`: what it is. `config`: how it computes now."""
     folder = standing.folder
     method, seed = config.methods[0], config.seeds[0]
-    standing.device = device = resolve_device(config.device)
+    main = process_rank() == 0
+    standing.device = device = own_device(resolve_device(config.device))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     use_deterministic(config.deterministic)
     seed_everything(seed)
     backbone = build_backbone(config)
     standing.stream = build_stream(config, backbone.data_config, seed)
-    stream, held = hold_stream(config, standing.stream, device, folder, quiet=quiet, cache=images)
+    with first_process_first():  # it decodes and keeps the images; the others find them
+        stream, held = hold_stream(config, standing.stream, device, folder, quiet=quiet or not main, cache=images)
     standing.held = held
     evaluated = evaluated_stream(config, stream)
     continual = stream
     if METHODS[method.strategy].joint:
         stream = stream.joint()
     refuse_links(folder / "checkpoint")
-    with writing("the settings of a run", folder / "config.yaml"):
-        write_text(folder / "config.yaml", dump(own))
     place, grown = folder / "checkpoint", [f"{glob.escape(str(folder))}/{name}" for name in _GROWN]
     resumed = bool(checkpoints(place))
-    if resumed:
-        ExactCheckpointPlugin.rewind(place, grown)
-    else:  # killed before its first checkpoint, if there is anything at all
-        with writing("what a run appends to, begun anew", folder):
-            for path in matching_files(grown):
-                path.unlink()
+    if main:
+        with writing("the settings of a run", folder / "config.yaml"):
+            write_text(folder / "config.yaml", dump(own))
+        if resumed:
+            ExactCheckpointPlugin.rewind(place, grown)
+        else:  # killed before its first checkpoint, if there is anything at all
+            with writing("what a run appends to, begun anew", folder):
+                for path in matching_files(grown):
+                    path.unlink()
     checkpoint = ExactCheckpointPlugin(
         place,
         every=config.checkpoint.every,
@@ -232,10 +252,12 @@ def _run(
         fingerprint=f"{own.digest()} {stream.fingerprint} {backbone.weights_sha256}",
         append_only=grown,
     )
-    begun = {"images": held, "from": checkpoints(place)[0].name if resumed else "start"}
-    if changed := given(own, config):
-        begun["settings"] = changed
-    environment = _record_environment(folder, device, backbone, begun, resumed=resumed)
+    environment: dict[str, Any] = {}
+    if main:
+        begun = {"images": held, "from": checkpoints(place)[0].name if resumed else "start"}
+        if changed := given(own, config):
+            begun["settings"] = changed
+        environment = _record_environment(folder, device, backbone, begun, resumed=resumed)
     clock, cache = RunClock(), FeatureCache()
     watch = RunWatch.alone(config, folder, quiet=quiet, say=say) if watch is None else watch
     try:
@@ -245,13 +267,15 @@ def _run(
             standing.strategy = strategy = build_strategy(
                 Ingredients(config, backbone, device, plugins, recorder.evaluator, cache, normalization)
             )
+            if process_count() > 1:
+                strategy.plugins.insert(_after_own(strategy), DistributedPlugin())
             if config.performance.finite_guard:
                 strategy.plugins.insert(0, FiniteGuardPlugin())  # before those that make something of the weights
-            if (bars := watch.plugin(len(stream.train))) is not None:
+            if main and (bars := watch.plugin(len(stream.train))) is not None:
                 strategy.plugins.insert(0, bars)  # before others: it shows what they begin
             strategy.plugins.insert(0, clock)  # first: what others do before an evaluation counts
             seed_everything(seed)  # again: what loading the backbone drew must not shift the order of the data
-            if not resumed:
+            if recorder.board is not None and not resumed:
                 log_text_config(recorder.board.writer, dump(own))
             for index in _train(config, strategy, checkpoint, stream, evaluated):
                 watch.experience(
@@ -264,18 +288,29 @@ def _run(
             results = _results(own, stream, backbone, recorder, strategy, clock.seconds)
             if resumed_with := declared(environment):
                 results["performance"]["resumed_with"] = resumed_with
+            if (processes := processes_of(environment)) != [1]:
+                results["performance"]["processes"] = processes
             seconds = {RUN_SECONDS: results["cost"]["seconds"]}
-            log_hparams(recorder.board.writer, hyper_parameters(own), seconds, experiment=False)
-        with writing("the results of a run", folder / FILE):
-            for path in matching_files(grown):
-                sync(path)  # where there are results, everything that they come from is on the disk
-            write_json(folder / FILE, results)
+            if recorder.board is not None:
+                log_hparams(recorder.board.writer, hyper_parameters(own), seconds, experiment=False)
+        if main:
+            with writing("the results of a run", folder / FILE):
+                for path in matching_files(grown):
+                    sync(path)  # where there are results, everything that they come from is on the disk
+                write_json(folder / FILE, results)
     finally:
         watch.close()
         checkpoint.close()
-    for older in checkpoints(place)[1:]:
-        shutil.rmtree(older, ignore_errors=True)
+    if main:
+        for older in checkpoints(place)[1:]:
+            shutil.rmtree(older, ignore_errors=True)
+    wait_for_all()
     return RunResults(results, folder)
+
+
+def _after_own(strategy: SupervisedTemplate) -> int:
+    """Place of a plugin that comes after all of the method's, before Avalanche's evaluator."""
+    return next(i for i, plugin in enumerate(strategy.plugins) if isinstance(plugin, EvaluationPlugin))
 
 
 def _fast_path(config: Config) -> list[SupervisedPlugin]:
@@ -413,6 +448,8 @@ def _performance(config: Config, strategy: SupervisedTemplate) -> dict[str, Any]
 def _cost(efficiency: Efficiency, strategy: SupervisedTemplate, seconds: float) -> dict[str, Any]:
     """Cost of the run. Peak memory on a CPU is that of the process, which runs of one comparison share."""
     spent = efficiency.result()
+    shared = [plugin for plugin in strategy.plugins if isinstance(plugin, DistributedPlugin) and plugin.batches]
+    exchanged = {"exchanged_bytes_per_batch": shared[0].bytes_given // shared[0].batches} if shared else {}
     return {
         "seconds": seconds,
         "training_seconds": spent["seconds"],
@@ -421,4 +458,5 @@ def _cost(efficiency: Efficiency, strategy: SupervisedTemplate, seconds: float) 
         "trainable_parameters": int(spent["trainable-parameters"]),
         "device": str(strategy.device),
         "threads": torch.get_num_threads(),
+        **exchanged,
     }

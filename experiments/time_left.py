@@ -2,17 +2,29 @@
 
 A run that is still to come takes what finished runs of its method took: on the clock of this comparison where there
 are some, else by the cost in the ``results.json`` of runs that were kept; where there is neither, the mean of the other
-methods. The current run takes what its method took, else what its own pace says. Before anything was measured there is
+methods. A current run takes what its method took, else what its own pace says. Before anything was measured there is
 no estimate. Methods differ by orders of magnitude, so the mean over methods, not over runs, stands for an unknown one.
+Where several runs go on at once, those to come are dealt out to whichever place is free first.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 __all__ = ["TimeLeft", "about", "span"]
+
+
+@dataclass
+class _Current:
+    """A run that goes on: since when, and how much of it was done in how many seconds at what time."""
+
+    method: str
+    begun: float
+    pace: tuple[float, float, float] | None = None
 
 
 class TimeLeft:
@@ -21,70 +33,83 @@ class TimeLeft:
     Args:
         methods: label of the method of every run that is to be done, in their order.
         clock: seconds that only grow.
+        at_once: how many runs are expected to go on at the same time, until that is seen.
     """
 
-    def __init__(self, methods: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, methods: Sequence[str], clock: Callable[[], float] = time.perf_counter, *, at_once: int = 1
+    ) -> None:
         self._waiting = list(methods)
         self._clock = clock
         self._kept: dict[str, list[float]] = {}
         self._measured: dict[str, list[float]] = {}
-        self._current: str | None = None
-        self._begun = 0.0
-        self._pace: tuple[float, float, float] | None = None  # share done, seconds for it, when that was known
+        self._current: dict[Hashable, _Current] = {}
+        self._expected, self._seen = max(at_once, 1), 0
 
     def kept(self, method: str, seconds: float | None) -> None:
         """A run was there already and had taken so long; it isn't one of those that are to be done."""
         if seconds is not None and seconds > 0:
             self._kept.setdefault(method, []).append(seconds)
 
-    def begin(self, method: str) -> None:
-        """The next run begins."""
+    def begin(self, method: str, run: Hashable = None) -> None:
+        """The next run begins. `run`: tells it from others at the same time."""
         self._waiting.remove(method)
-        self._current, self._begun, self._pace = method, self._clock(), None
+        self._current[run] = _Current(method, self._clock())
+        self._seen = max(self._seen, len(self._current))
 
-    def pace(self, share: float, seconds: float) -> None:
-        """So much of the current run is done (0 to 1), and took so long; time before an interruption counts."""
-        if 0 < share <= 1 and seconds > 0:
-            self._pace = (share, seconds, self._clock())
+    def pace(self, share: float, seconds: float, run: Hashable = None) -> None:
+        """So much of a current run is done (0 to 1), and took so long; time before an interruption counts."""
+        if 0 < share <= 1 and seconds > 0 and run in self._current:
+            self._current[run].pace = (share, seconds, self._clock())
 
-    def finish(self) -> None:
-        """The current run is finished."""
-        assert self._current is not None
-        seconds = self._clock() - self._begun
-        if self._pace is not None:  # a resumed run took more than what is seen of it
-            _, spent, known = self._pace
+    def finish(self, run: Hashable = None) -> None:
+        """A current run is finished."""
+        current = self._current.pop(run)
+        seconds = self._clock() - current.begun
+        if current.pace is not None:  # a resumed run took more than what is seen of it
+            _, spent, known = current.pace
             seconds = max(seconds, spent + self._clock() - known)
-        self._measured.setdefault(self._current, []).append(seconds)
-        self._current = None
+        self._measured.setdefault(current.method, []).append(seconds)
+
+    def give_up(self, run: Hashable = None, *, again: bool = False) -> None:
+        """A current run has ended without results. `again`: it will be begun once more."""
+        current = self._current.pop(run)
+        self._seen = len(self._current)  # its machine may be gone
+        if again:
+            self._waiting.insert(0, current.method)
 
     def seconds_left(self) -> float | None:
         """Seconds until all is done; None while there is nothing to go by."""
         known = {method: fmean(values) for method, values in (self._kept | self._measured).items()}
-        left, whole = self._of_current(known)
-        if whole is not None and self._current is not None:
-            known.setdefault(self._current, whole)
+        found = [(current, *self._of(current, known)) for current in self._current.values()]
+        wholes: dict[str, list[float]] = {}
+        for current, _, whole in found:
+            if whole is not None:
+                wholes.setdefault(current.method, []).append(whole)
+        known = {method: fmean(values) for method, values in wholes.items()} | known
         if not known:
-            return None if self._waiting or self._current is not None else 0.0
+            return None if self._waiting or self._current else 0.0
         other = fmean(known.values())
-        if self._current is not None and left is None:
-            left = max(other - (self._clock() - self._begun), 0.0)
-        return (left or 0.0) + sum(known.get(method, other) for method in self._waiting)
+        ends = [
+            max(other - (self._clock() - current.begun), 0.0) if left is None else left for current, left, _ in found
+        ]
+        places = self._seen if self._measured else max(self._seen, self._expected)
+        ends += [0.0] * (max(places, 1) - len(ends))
+        heapq.heapify(ends)
+        for method in self._waiting:
+            heapq.heapreplace(ends, ends[0] + known.get(method, other))
+        return max(ends)
 
-    def _of_current(self, known: dict[str, float]) -> tuple[float | None, float | None]:
-        """What is left of the current run, and what it takes in all, as far as either is known."""
-        if self._current is None:
-            return 0.0, None
+    def _of(self, current: _Current, known: dict[str, float]) -> tuple[float | None, float | None]:
+        """What is left of a current run, and what it takes in all, as far as either is known."""
         pace = None
-        if self._pace is not None:
-            share, seconds, since = self._pace
+        spent = self._clock() - current.begun
+        if current.pace is not None:
+            share, seconds, since = current.pace
             pace = seconds / share
             spent = seconds + self._clock() - since
-        if self._current in known:
-            whole = known[self._current]
-            if self._pace is None:
-                spent = self._clock() - self._begun
-            if spent < whole:
-                return whole - spent, whole
+        if current.method in known and spent < known[current.method]:
+            return known[current.method] - spent, known[current.method]
         return (None, None) if pace is None else (max(pace - spent, 0.0), pace)
 
 

@@ -1,10 +1,10 @@
-"""All runs of a transfer experiment, one after the other; what is finished already is kept. Checks before work."""
+"""All runs of a transfer experiment; what is finished already is kept. Checks before work."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from avalanche_firn.experiments.course import Course
 from avalanche_firn.experiments.environment import resolve_device, seed_everything
 from avalanche_firn.experiments.errors import ConfigError, Problem
 from avalanche_firn.experiments.narration import Narrator, TextNarrator, figures_over_seeds, report_files
+from avalanche_firn.experiments.places import RayPlace
 from avalanche_firn.experiments.pretraining import (
     build_network,
     held_out_figures,
@@ -37,6 +38,7 @@ from avalanche_firn.experiments.run_folders import (
     plan_runs,
 )
 from avalanche_firn.experiments.run_watch import RunWatch
+from avalanche_firn.experiments.together import Crew, TogetherCourse
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 from avalanche_firn.experiments.transfer_data import TransferData, build_data, random_data
 from avalanche_firn.experiments.transfer_protocols import run_transfers
@@ -113,19 +115,20 @@ def compare_transfers(
     say: Callable[[str], None] = print,
     narrator: Narrator | None = None,
     settings: Sequence[str] = (),
+    on: RayPlace | None = None,
 ) -> TransferComparison:
     """Do the runs that are missing, and summarise; see :func:`avalanche_firn.experiments.comparison.compare`."""
     folder = comparison_folder(config) if folder is None else folder
     narrator = narrator or TextNarrator(say, quiet=quiet)
-    with claimed(folder) if summary else nullcontext():  # a single run of it is kept apart by its own folder
+    with claimed(folder) if summary else nullcontext(), ExitStack() as stack:  # a single run has a lock of its own
         plan = plan_with_settings(list(plan_runs(config, folder, fresh)), settings)
-        data = _data(config, plan)
+        data, crew = _ready(config, plan, folder, narrator, on, stack)
         if fresh:
             delete_runs(folder, plan, everything=summary)
         if summary:
             with writing("the settings of a comparison", folder / "config.yaml"):
                 write_text(folder / "config.yaml", dump(config))
-        return _done(config, folder, plan, data, narrator, settings, summary=summary)
+        return _done(config, folder, plan, data, narrator, settings, crew, summary=summary)
 
 
 def resume_transfers(
@@ -136,22 +139,36 @@ def resume_transfers(
     say: Callable[[str], None] = print,
     narrator: Narrator | None = None,
     settings: Sequence[str] = (),
+    on: RayPlace | None = None,
 ) -> TransferComparison:
     """Go on in a folder whose ``config.yaml`` is `config`: that of an experiment or of a single run."""
+    narrator = narrator or TextNarrator(say, quiet=quiet)
     if not is_run(config, folder):
-        return compare_transfers(config, folder=folder, quiet=quiet, say=say, narrator=narrator, settings=settings)
+        return compare_transfers(config, folder=folder, narrator=narrator, settings=settings, on=on)
     plan = plan_with_settings([Planned(config, folder, read_results(folder) is not None)], settings)
-    data = _data(config, plan)
-    return _done(config, folder, plan, data, narrator or TextNarrator(say, quiet=quiet), settings, summary=False)
+    with ExitStack() as stack:
+        data, crew = _ready(config, plan, folder, narrator, on, stack)
+        return _done(config, folder, plan, data, narrator, settings, crew, summary=False)
 
 
-def _data(config: TransferExperiment, plan: Sequence[Planned[TransferExperiment]]) -> TransferData | None:
-    """What runs that aren't finished need; None if all of them are."""
+def _ready(
+    config: TransferExperiment,
+    plan: Sequence[Planned[TransferExperiment]],
+    folder: Path,
+    narrator: Narrator,
+    on: RayPlace | None,
+    stack: ExitStack,
+) -> tuple[TransferData | None, Crew | None]:
+    """What runs that aren't finished need, or the crew that does them and loads it itself; None and None: all are."""
     waiting = [planned for planned in plan if not planned.finished]
     if not waiting:
-        return None
-    device = (waiting[0].running or config).device
-    return _prepared(config.model_copy(update={"device": device}))[1]
+        return None, None
+    config = config.model_copy(update={"device": (waiting[0].running or config).device})
+    if on is None:
+        return _prepared(config)[1], None
+    from avalanche_firn.experiments.ray_cluster import ray_crew  # Ray is loaded by who asks for it only
+
+    return None, stack.enter_context(ray_crew(on, config, plan, folder, narrator))
 
 
 def _done(
@@ -161,6 +178,7 @@ def _done(
     data: TransferData | None,
     narrator: Narrator,
     settings: Sequence[str],
+    crew: Crew | None,
     *,
     summary: bool,
 ) -> TransferComparison:
@@ -177,17 +195,22 @@ def _done(
         assert data is not None
         return run(planned.config, planned.folder, data, watch=watch, running=planned.running)
 
-    course = Course(
-        plan,
-        name=config.name,
-        folder=folder,
-        narrator=narrator,
-        progress=config.progress,
-        resume=folder if summary else None,
-        settings=settings,
-        report=report if summary else None,
-    )
-    runs = course.work(one)
+    options: dict[str, Any] = {
+        "name": config.name,
+        "folder": folder,
+        "narrator": narrator,
+        "progress": config.progress,
+        "resume": folder if summary else None,
+        "settings": settings,
+        "report": report if summary else None,
+    }
+    course: Course
+    if crew is None:
+        course = Course(plan, **options)
+        runs = course.work(one)
+    else:
+        course = together = TogetherCourse(plan, crew=crew, **options)
+        runs = together.work_together()
     if not course.last_report():
         target = None
     trained = sum(not planned.finished for planned in plan)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from avalanche_firn.models.lora_math import ComposedLinear, Part, compose_delta
 from avalanche_firn.models.lora_pairs import Init, LoRAPairs
+from avalanche_firn.models.processes import mean_over_processes
 
 
 class ComposedLoRALinear(LoRAPairs):
@@ -131,7 +132,8 @@ class ComposedLoRALinear(LoRAPairs):
         for index, part in enumerate(self.parts):
             if self._records is not None and part in self._records and not self._frozen[index]:
                 rows = self._rows(index)
-                self._records[part]((weight[rows] * gradient[rows]).abs().mean())
+                own = mean_over_processes(gradient[rows].clone())
+                self._records[part]((weight[rows] * own).abs().mean())
 
     @property
     def bias(self) -> Tensor | None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from avalanche_firn.models.processes import mean_over_processes
+
 
 def compose_delta(A: Tensor, B: Tensor, omega: Tensor, scale: float) -> Tensor:
     """``scale * sum_i omega_i A_i B_i`` as one product of stacked factors.
@@ -174,7 +176,7 @@ def _from_dense(
         A, B = part.history
         found.append(_per_task(((dense @ A) * B.T).sum(0), part))
     if part.record is not None:
-        part.record(dense.mul_(weight).abs_().mean())
+        part.record(mean_over_processes(dense).mul_(weight).abs_().mean())
     return [f.mul_(part.scale) for f in found]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_firn.models.heads import TaskwiseLinearHead
+from avalanche_firn.models.processes import all_rows, own_rows, process_count
 
 _COMMON_NAMES = ("head", "classifier", "fc")
 
@@ -196,6 +197,9 @@ def extract_features(
     :returns: features ``(N, d)`` (float32 after a forward pass in half precision) and targets ``(N,)``, on ``device``.
     :raises ValueError: the data set is empty, the features are not ``(B, d)``, an unknown ``bn``.
 
+    In a distributed run (:mod:`~avalanche_firn.models.processes`) all processes call it and get everything; with
+    ``bn="eval"`` each computes its own rows.
+
     With ``bn="eval"`` the global random generators are not touched, so the order of later batches does not depend on
     this call (training modes may draw dropout masks).
     """
@@ -209,7 +213,12 @@ def extract_features(
     captured: list[Tensor] = []
     handle = parts.head.register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
     # the private generator: else the loader draws its seed from the global one
-    loader = loader_of(dataset, num_workers=num_workers, batch_size=batch_size, generator=torch.Generator())
+    options: dict[str, Any] = {"batch_size": batch_size, "generator": torch.Generator()}
+    shared = bn == "eval" and process_count() > 1
+    if shared:
+        rows = own_rows(len(dataset))
+        options["sampler"] = range(rows.start, rows.stop)
+    loader = loader_of(dataset, num_workers=num_workers, **options)
     features, targets = [], []
     try:
         with evaluation_mode(model):
@@ -233,7 +242,8 @@ def extract_features(
         raise ValueError(
             f"the classifier {parts.head_name!r} receives {tuple(stacked.shape)}; features (B, d) are accepted"
         )
-    return stacked if stacked.dtype == torch.float64 else stacked.float(), torch.cat(targets)
+    found = stacked if stacked.dtype == torch.float64 else stacked.float(), torch.cat(targets)
+    return (all_rows(found[0], len(dataset)), all_rows(found[1], len(dataset))) if shared else found
 
 
 def _forward(model: nn.Module, batch: Any, device: torch.device | str) -> Tensor:

@@ -20,6 +20,7 @@ from avalanche_firn.plugins.contrastive_distillation import (
     relation_distillation,
 )
 from avalanche_firn.plugins.critical_parameters import ImportanceTracker, ImportantParameterPlugin, select_critical
+from avalanche_firn.plugins.distributed import DistributedPlugin
 from avalanche_firn.plugins.fast_path import FastPathPlugin
 from avalanche_firn.plugins.finite_guard import FiniteGuardPlugin
 from avalanche_firn.plugins.linear_probe import LinearProbePlugin
@@ -33,6 +34,7 @@ from avalanche_firn.plugins.losses import (
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.optimizers import FreshOptimizerPlugin
 from avalanche_firn.plugins.placed_buffer import ResumableReplayPlugin
+from avalanche_firn.plugins.process_group import end_processes, first_process_first, start_processes
 from avalanche_firn.plugins.rehearsal import RehearsalPlugin
 from avalanche_firn.plugins.schedules import cosine, lagged_cosine, multistep
 from avalanche_firn.plugins.sequential_phase import SequentialPhasePlugin
@@ -47,6 +49,7 @@ __all__ = [
     "ClassifierStagePlugin",
     "ClusterGaussians",
     "ContrastiveDistillationPlugin",
+    "DistributedPlugin",
     "ExactCheckpointPlugin",
     "FastPathPlugin",
     "FiniteGuardPlugin",
@@ -73,6 +76,8 @@ __all__ = [
     "asymmetric_supcon",
     "cosine",
     "distillation_coefficient",
+    "end_processes",
+    "first_process_first",
     "lagged_cosine",
     "local_cross_entropy",
     "local_symmetric_cross_entropy",
@@ -83,5 +88,6 @@ __all__ = [
     "resample_rows_",
     "reset_optimizer_rows_",
     "select_critical",
+    "start_processes",
     "symmetric_cross_entropy",
 ]

@@ -30,7 +30,7 @@ from avalanche.training.templates.update_type.sgd_update import SGDUpdate
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 
 
-class GradientAccumulationPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class GradientAccumulationPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """An optimizer step every ``steps`` mini-batches.
 
     :param steps: mini-batches per step; 1 leaves Avalanche's loop in place. The groups are counted from the start of
@@ -46,11 +46,18 @@ class GradientAccumulationPlugin(SupervisedPlugin, supports_distributed=False): 
         self.steps = steps
         self._samples = 0  # of the open group
         self._first = 0  # of its first mini-batch
+        self._length = 0  # mini-batches of the epoch
 
     @property
     def inside_group(self) -> bool:
         """Whether gradients are waiting for their step: nothing may be saved then."""
         return self._samples > 0
+
+    def completes(self, strategy: Any) -> bool:
+        """Whether the mini-batch in work is the last one of its group."""
+        # the clock, not a counter of our own: a resumed epoch begins in its middle
+        place = int(strategy.clock.train_epoch_iterations) + 1
+        return self.steps == 1 or place % self.steps == 0 or place == self._length
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check, and take the loop over (once)."""
@@ -74,7 +81,7 @@ class GradientAccumulationPlugin(SupervisedPlugin, supports_distributed=False): 
     def _epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Avalanche's training epoch with steps at the end of each group."""
         try:
-            length = len(strategy.dataloader)
+            self._length = len(strategy.dataloader)
         except TypeError:
             raise ValueError(
                 f"{type(strategy.dataloader).__name__} has no length, so the end of the last group isn't known; a "
@@ -99,9 +106,7 @@ class GradientAccumulationPlugin(SupervisedPlugin, supports_distributed=False): 
             strategy._after_forward(**kwargs)
             strategy.loss += strategy.criterion()
 
-            # the clock, not a counter of our own: a resumed epoch begins in its middle
-            place = int(strategy.clock.train_epoch_iterations) + 1
-            complete = place % self.steps == 0 or place == length
+            complete = self.completes(strategy)
             strategy._before_backward(**kwargs)
             self._backward(strategy, count, complete=complete)
             strategy._after_backward(**kwargs)

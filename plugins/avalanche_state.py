@@ -53,7 +53,7 @@ def autocast_of(strategy: Any, *, gradients: bool = False) -> AbstractContextMan
 
 
 # -------------------------------------------------------------------------- EWC
-class ResumableEWCPlugin(EWCPlugin):
+class ResumableEWCPlugin(EWCPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Elastic weight consolidation (arXiv 1612.00796) by Avalanche, with importances paired by name.
 
     :param ewc_lambda: weight of the penalty. 1: continual-learning-baselines, Permuted MNIST.
@@ -131,7 +131,7 @@ class _Distillation(LearningWithoutForgetting):
             return F.kl_div(log_p, q, reduction="batchmean")
 
 
-class ResumableLwFPlugin(LwFPlugin):
+class ResumableLwFPlugin(LwFPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Learning without forgetting (arXiv 1606.09282) by Avalanche: distillation from the model before the experience.
 
     :param alpha: weight of the distillation. 1: Avalanche's default.

@@ -22,14 +22,17 @@ What may differ when a run goes on, and what is said then:
   bits. Generators of CUDA devices that aren't there are left out.
 * Mini-batches per optimizer step, with the same images per step (:mod:`~avalanche_firn.plugins.recut`): a warning;
   results differ by rounding.
+* Another number of processes (:mod:`~avalanche_firn.plugins.distributed`): a warning; the batches stay the same,
+  results differ by rounding and by what dropout draws.
 * Damaged checkpoints: a warning, and the one before is used. All damaged: refused, see ``allow_fresh``.
 
 What can't be written raises :class:`~avalanche_firn.plugins.run_errors.StorageError` and leaves the checkpoints before
 as they were.
 
 Cost: about 6 microseconds per iteration, and per save the bytes of model, optimizer and plugins, written and hashed.
-Gradients that are accumulated over mini-batches are not saved: a checkpoint waits for the step that they are for. Not
-covered: distributed training, gradients carried over in other ways, loggers with a memory of their own.
+Gradients that are accumulated over mini-batches are not saved: a checkpoint waits for the step that they are for. In a
+distributed run the first process writes, and all read the folder. Not covered: gradients carried over in other ways,
+loggers with a memory of their own.
 """
 
 from __future__ import annotations
@@ -41,10 +44,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from avalanche.distributed.distributed_helper import DistributedHelper
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 
+from avalanche_firn.models.processes import process_rank
 from avalanche_firn.plugins.accumulation import inside_group
 from avalanche_firn.plugins.checkpoint_errors import CheckpointError
 from avalanche_firn.plugins.checkpoint_files import (
@@ -64,6 +67,7 @@ from avalanche_firn.plugins.loader_replay import LoaderReplay
 from avalanche_firn.plugins.memory_stop import is_out_of_memory
 from avalanche_firn.plugins.model_state import check_growth
 from avalanche_firn.plugins.plain_state import from_plain, to_plain
+from avalanche_firn.plugins.process_group import wait_for_all
 from avalanche_firn.plugins.random_state import capture_random_state, restore_random_state
 from avalanche_firn.plugins.run_errors import RunError
 from avalanche_firn.plugins.storage_stop import writing
@@ -81,7 +85,7 @@ from avalanche_firn.plugins.strategy_state import (
 )
 
 
-class ExactCheckpointPlugin(SupervisedPlugin):
+class ExactCheckpointPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Save a run every N iterations and after each ``train`` call, and continue it exactly.
 
     :param directory: folder of the checkpoints, one per run.
@@ -161,21 +165,21 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             raise RuntimeError("resume() comes before the first train(); this strategy has been trained already")
         if not any(p is self for p in strategy.plugins):
             raise ValueError("the strategy doesn't hold this plugin; pass it in plugins=[...]")
-        if DistributedHelper.is_distributed:
-            raise ValueError("distributed training can't be resumed exactly")
         # last of all: after the clock in training, after evaluator and loggers at the end of an experience
         strategy.plugins[:] = [p for p in strategy.plugins if p is not self] + [self]
         strategy.model.to(strategy.device)
         check_strategy(strategy, inside=self.every > 0)
         self._structure = structure(strategy)
+        main = process_rank() == 0
         for folder in unmatched_writers(strategy, self.append_only):
             text = f"no pattern of append_only covers the event files in {folder}: resuming repeats events there"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         refuse_links(self.directory)
-        with writing("the folder of checkpoints", self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        lock_directory(self.directory, self, self._revoke)
-        clean(self.directory)
+        if main:
+            with writing("the folder of checkpoints", self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+            lock_directory(self.directory, self, self._revoke)
+            clean(self.directory)
         try:
             with writing("what a run appends to, cut back to its last checkpoint", self.directory.parent):
                 found = self._find(strategy, allow_fresh)
@@ -183,6 +187,7 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             unlock_directory(self.directory, self)
             raise
         self._strategy = strategy
+        wait_for_all()  # nobody writes before everybody has read
         if found is None:
             self._next_save = self.every
             self._save("start")
@@ -317,6 +322,11 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             if (check := getattr(plugin, "before_checkpoint", None)) is not None:
                 check(strategy)
         check_growth(strategy.model, self._structure["parameters"])
+        iterations = strategy.clock.train_iterations
+        if self.every > 0:
+            self._next_save = (iterations // self.every + 1) * self.every
+        if process_rank() != 0:  # the first process's state is that of all
+            return
         with writing("what a run appends to", self.directory.parent):
             flush_loggers(strategy)
             grown = measure(self.directory, self.append_only)
@@ -337,12 +347,9 @@ class ExactCheckpointPlugin(SupervisedPlugin):
             "random": to_plain(capture_random_state()),
             "strategy": capture_strategy(strategy),
         }
-        iterations = strategy.clock.train_iterations
         name = f"step-{iterations:09d}" + ("-end" if kind == "end" else "")
         with writing("a checkpoint", self.directory / name):
             write_checkpoint(self.directory, name, state, keep=self.keep)
-        if self.every > 0:
-            self._next_save = (iterations // self.every + 1) * self.every
 
     def _revoke(self) -> None:
         self._stopped = "another ExactCheckpointPlugin of this process has taken the directory over"
@@ -363,14 +370,16 @@ class ExactCheckpointPlugin(SupervisedPlugin):
         if found is None:
             return None
         path, state, damaged = found
+        main = process_rank() == 0
         state = fitted(path, state, strategy, structure=self._structure, fingerprint=self.fingerprint)
         if self.append_only:
             close_writers(strategy)
-        cut_back(self.directory, self.append_only, state["append_only"])
+        if main:
+            cut_back(self.directory, self.append_only, state["append_only"])
         if self.append_only:
             with after(Path(name) for name in state["append_only"]):
                 reopen_writers(strategy)
-        for newer in damaged:
+        for newer in damaged if main else []:
             set_aside(newer)
         return state
 

@@ -48,7 +48,7 @@ _STATISTICS_HELP = "A smaller rate of the backbone, or precision fp32 or bf16, u
 BatchSource = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 
 
-class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class ClassifierAlignmentPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Align a :class:`~avalanche_firn.models.heads.TaskwiseLinearHead` on class Gaussians after each task.
 
     The aligned heads stay in the model from the first evaluation after a task until the next task begins, or, with

@@ -48,7 +48,7 @@ def balancing_weights(groups: Sequence[int] | Tensor) -> Tensor:
     return counts.double().reciprocal()[places]
 
 
-class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class ClassifierStagePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Fit the linear classifier after an experience, whatever its features were trained with.
 
     :param epochs: 100. :param batch_size: 256. :param lr: 1.0 (0.1: Seq-Tiny-ImageNet). :param momentum: 0.9.

@@ -38,6 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from avalanche_firn.benchmarks.streams import full_stream
 from avalanche_firn.models.contrastive import check_projecting
 from avalanche_firn.models.parts import evaluation_mode
+from avalanche_firn.models.processes import all_rows, own_rows
 from avalanche_firn.plugins.contrastive_losses import (
     CoefficientMode,
     asymmetric_supcon,
@@ -55,7 +56,7 @@ from avalanche_firn.plugins.rehearsal import RehearsalSet, find_rehearsal
 _TAGS = ("cila/contrastive", "cila/distillation", "cila/coefficient", "cila/ratio", "cila/floor-active")
 
 
-class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Criterion of Co2L and CILA; in evaluation cross-entropy of the logits. Pass it as ``criterion=``.
 
     :param temperature: of the contrastive loss, 0.5. :param student_temperature: 0.2 and
@@ -271,7 +272,7 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
     @torch.no_grad()
     def _project(self, views: Tensor) -> Tensor:
         assert self.teacher is not None
-        return self.teacher.project(views)  # type: ignore[operator,no-any-return]
+        return _shared(self.teacher.project, views)
 
     def _copy(self, model: nn.Module) -> nn.Module:
         """The teacher: what the model is now, never trained again."""
@@ -297,7 +298,7 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
             for strategy.mbatch in self._loader:
                 strategy._unpack_minibatch()
                 self.before_forward(strategy)
-                self(strategy.model.project(strategy.mb_x), strategy.mb_y)
+                self(_shared(strategy.model.project, strategy.mb_x), strategy.mb_y)
         strategy.mbatch = before
 
     # ----------------------------------------------------------- coefficient
@@ -395,6 +396,11 @@ class ContrastiveDistillationPlugin(SupervisedPlugin, supports_distributed=False
         self.contrastive_losses = list(state["contrastive"])
         self.distillation_losses = list(state["distillation"])
         self._sums, self._renew = None if state["sums"] is None else state["sums"].clone(), False
+
+
+def _shared(project: Any, views: Tensor) -> Tensor:
+    """Projections of a batch ``(N, 2, C, H, W)``; in a distributed run of this process's rows, and gathered."""
+    return all_rows(project(views[own_rows(len(views))]), len(views))
 
 
 __all__ = [

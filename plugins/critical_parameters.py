@@ -42,7 +42,7 @@ def score_figures(score: Tensor, before: Tensor, after: Tensor) -> dict[str, flo
     return {"largest": float(free.max()), "mean": total / len(free), "frozen-share": share}
 
 
-class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class ImportantParameterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Freeze the most important matrices after each task. Comes after :class:`LoRACompositionPlugin` in ``plugins``.
 
     :param fraction: of all matrices, frozen per task: ``int(fraction * number)`` (0.05: training_scripts/*.sh). 0, or a

@@ -43,6 +43,7 @@ _ACTS_ON_BATCHES = (
     "after_eval_exp",
 )  # whatever changes images or model there, the outputs of a batch across a border would not know
 _STEPS = ("eval_dataset_adaptation", "_eval_exp", "_before_eval_exp", *(f"_{event}" for event in _ACTS_ON_BATCHES[3:]))
+_PER_IMAGE = ("autocasts", "per_image")  # forward passes of plugins that leave each image's output what it is
 _SAME_FOR_ALL = (TaskwiseLinearHead, NearestMeanHead)  # only the width of their output grows with what is evaluated
 
 
@@ -53,7 +54,7 @@ def one_pass_fits(strategy: Any, experiences: Any) -> bool:
         all(getattr(kind, name) is getattr(BaseSGDTemplate, name) for name in _STEPS)
         and kind._unpack_minibatch is SupervisedProblem._unpack_minibatch
         and kind.forward is SupervisedProblem.forward
-        and ("forward" not in vars(strategy) or hasattr(strategy.forward, "autocasts"))
+        and ("forward" not in vars(strategy) or any(hasattr(strategy.forward, mark) for mark in _PER_IMAGE))
     )
     if not stock or not hasattr(experiences, "__len__") or len(experiences) < 2:
         return False

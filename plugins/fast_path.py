@@ -36,7 +36,7 @@ from avalanche_firn.plugins.fast_loader import faster_loader
 __all__ = ["FastPathPlugin"]
 
 
-class FastPathPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class FastPathPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Remove what Avalanche's loops cost beside the arithmetic; see the module.
 
     :param loader: whole batches from memory, lasting workers. :param hooks: call listeners only.

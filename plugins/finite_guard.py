@@ -62,7 +62,7 @@ class _Note(NamedTuple):
     sums: list[Tensor]
 
 
-class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class FiniteGuardPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Raise :class:`~avalanche_firn.plugins.run_errors.NonFiniteError` as soon as something isn't finite.
 
     Stand it first in the list of plugins: others then see nothing that it would have stopped. Experience, epoch and

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from avalanche_firn.plugins.checkpoint_errors import CheckpointError
+from avalanche_firn.plugins.checkpoint_errors import CheckpointError, FolderInUse
 from avalanche_firn.plugins.storage_stop import no_link, storage_error, writing
 
 try:
@@ -41,7 +41,8 @@ def lock_directory(directory: Path, owner: Any, revoke: Callable[[], None] | Non
     for seconds. Where a file system has no locks (some network ones), a warning says so and nothing is locked.
 
     :param revoke: None: no other owner in this process may take over while this one lives.
-    :raises CheckpointError: another process holds it (the message gives its process id), or an owner of this process.
+    :raises FolderInUse: another process holds it (the message gives its process id).
+    :raises CheckpointError: an owner of this process holds it.
     :raises StorageError: the lock file can't be made, or is a link.
     """
     key = directory.resolve()
@@ -81,7 +82,7 @@ def _locked(key: Path, directory: Path) -> int:
             os.close(handle)
             if error.errno not in _HELD:
                 raise storage_error(error, "the lock of a run", key / "lock") from error
-            raise CheckpointError(f"{directory} is in use by another process (id {holder or 'unknown'})") from error
+            raise FolderInUse(f"{directory} is in use by another process (id {holder or 'unknown'})") from error
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(handle), os.stat(key / "lock")):
                 return handle

@@ -54,7 +54,7 @@ HeadInit = Literal["keep", "reset", "zero"]
 FineTuneMode = Literal["auto", "train", "eval"]
 
 
-class LinearProbePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class LinearProbePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """A linear probe at the beginning of each experience; works with any Avalanche SGD strategy.
 
     :param head: dotted name of the classifier, where :func:`~avalanche_firn.models.parts.find_parts` should not choose.

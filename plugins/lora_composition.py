@@ -28,7 +28,7 @@ from avalanche_firn.plugins.random_state import derived_seed
 from avalanche_firn.plugins.schedules import SchedulerFactory
 
 
-class LoRACompositionPlugin(FreshOptimizerPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class LoRACompositionPlugin(FreshOptimizerPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Open, train and close a task in all composed layers of the model, in every experience.
 
     Groups of the optimizer: ``"lora"`` (pairs of the task) and ``"head"`` at the rate, ``"omega"`` (scalars of earlier

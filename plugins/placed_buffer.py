@@ -135,7 +135,7 @@ class PlacedBuffer(ExemplarsBuffer):
         self.groups, self.max_size = [list(group) for group in state["groups"]], int(state["max_size"])
 
 
-class ResumableReplayPlugin(ReplayPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class ResumableReplayPlugin(ReplayPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Avalanche's experience replay with a :class:`PlacedBuffer`.
 
     :param mem_size: samples kept in all. 200: Avalanche's default.

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avalanche_firn.models.processes import process_count
+
 
 def capture_random_state(*, cuda: bool = True) -> dict[str, Any]:
     """State of all global generators.
@@ -58,6 +60,8 @@ def restore_random_state(state: dict[str, Any], *, strict: bool = True) -> None:
             raise ValueError(f"the random state holds {len(cuda)} CUDA generators and {count} CUDA devices are visible")
         for device, generator in enumerate(cuda):
             torch.cuda.set_rng_state(generator.cpu(), device)
+        if cuda and process_count() > 1:  # all processes draw alike, each on its own device
+            torch.cuda.set_rng_state(cuda[0].cpu(), torch.cuda.current_device())
     python, legacy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     words = legacy["words"].numpy().astype(np.uint32)

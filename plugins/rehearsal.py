@@ -64,7 +64,7 @@ class RehearsalSet(Dataset[tuple[Any, ...]]):
         return JoinedBatches(whole, self.parts) if whole and len(whole) == len(found) else None
 
 
-class RehearsalPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Train on a buffer of earlier samples too.
 
     :param mem_size: samples kept in all (200 and 500: Co2L).

@@ -23,6 +23,10 @@ class StorageError(RunError):
     """A file of the run can't be written: no space, no permission, a read-only folder; the message names it."""
 
 
+class ProcessLostError(RunError):
+    """Another process of a distributed run has ended, or can't be reached."""
+
+
 class DataLoadingError(RunError):
     """An image can't be read, or a process that loads images has died; the message names the file or the process."""
 

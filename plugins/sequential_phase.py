@@ -39,7 +39,7 @@ from avalanche_firn.plugins.zap_rows import refuse_untrainable
 __all__ = ["SequentialPhasePlugin"]
 
 
-class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Make every iteration of a strategy an episode of ASB or Meta-ASB; the strategy's optimizer is the outer one.
 
     An epoch is ``episodes`` episodes over the images of the experience; ``train_mb_size`` and shuffling have no
@@ -137,6 +137,9 @@ class SequentialPhasePlugin(SupervisedPlugin, supports_distributed=False):  # ty
         self._learnt: list[tuple[int, int, int]] = []  # since the last log: steps before a sequence, iteration, class
         self._steps = 0  # of these sequences
         self._bad: Tensor | None = None  # the first one of these steps whose loss isn't finite, -1: none
+
+    shares_batches = False
+    """Sequences of single images: in a distributed run every process learns all of them."""
 
     # ------------------------------------------------------------------ hooks
     def before_training(self, strategy: Any, **kwargs: Any) -> None:

@@ -27,6 +27,7 @@ from avalanche.training.templates.base_sgd import BaseSGDTemplate, PeriodicEval
 from matplotlib.figure import Figure
 from torch import nn
 
+from avalanche_firn.models.processes import process_count
 from avalanche_firn.plugins.checkpoint_files import CheckpointError, matching_files
 from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.model_state import (
@@ -116,6 +117,7 @@ def environment(strategy: Any) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
         "precision": _precision(strategy),
+        "processes": str(process_count()),
     }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from avalanche_firn.models.heads import UNSEEN_LOGIT, TaskwiseLinearHead
 from avalanche_firn.models.lora import LoRAComposition
 from avalanche_firn.models.parts import ModelParts, evaluation_mode, extract_features, find_parts
+from avalanche_firn.models.processes import all_rows, own_rows
 from avalanche_firn.plugins.classifier_alignment import ClassifierAlignmentPlugin
 from avalanche_firn.plugins.experience_classes import experience_classes, refuse_known_classes
 from avalanche_firn.plugins.finite_words import experience_words, finite_or_stop, not_evaluated
@@ -32,7 +33,7 @@ from avalanche_firn.plugins.mahalanobis import MahalanobisTaskInference, vote
 _STATISTICS_HELP = "A smaller rate, or precision fp32 or bf16, usually helps."
 
 
-class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class TaskInferencePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Evaluate every sample with the weights of the task that its features point to. After LoRACompositionPlugin.
 
     In evaluations the strategy's forward pass goes through the first task's weights; its features choose the tasks, and
@@ -164,8 +165,11 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
         if self._end is None:
             return
         self._leave()
-        features = self._features.pop()
+        features, count = self._features.pop(), len(strategy.mb_y)
+        shared = len(features) != count  # in a distributed run each process passes its own rows through the model
+        features = all_rows(features, count) if shared else features
         tasks = self._infer(features)
+        own = tasks[own_rows(count)] if shared else tasks
 
         def forward(rows: Tensor | None) -> Tensor:
             if rows is None:
@@ -176,7 +180,7 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
             finally:
                 strategy.mbatch = whole
 
-        strategy.mb_output = self._second_pass(self._layers(strategy), find_parts(strategy.model), tasks, forward)
+        strategy.mb_output = self._second_pass(self._layers(strategy), find_parts(strategy.model), tasks, forward, own)
         self._count(tasks, strategy.mb_y)
         self._lost[-1][1].add_((~features.sum(1).isfinite()).sum())
 
@@ -239,17 +243,24 @@ class TaskInferencePlugin(SupervisedPlugin, supports_distributed=False):  # type
             finally:
                 handle.remove()
             tasks = self._infer(features[-1])
-            return self._second_pass(composition, parts, tasks, lambda rows: model(x if rows is None else x[rows]))
+            forward = lambda rows: model(x if rows is None else x[rows])  # noqa: E731
+            return self._second_pass(composition, parts, tasks, forward, tasks)
 
     def _infer(self, features: Tensor) -> Tensor:
         tasks = self.inference.infer(features)
         return vote(tasks) if self.batchwise_vote else tasks
 
     def _second_pass(
-        self, composition: LoRAComposition, parts: ModelParts, tasks: Tensor, forward: Callable[[Tensor | None], Tensor]
+        self,
+        composition: LoRAComposition,
+        parts: ModelParts,
+        tasks: Tensor,
+        forward: Callable[[Tensor | None], Tensor],
+        own: Tensor,
     ) -> Tensor:
+        """`own`: tasks of the rows that go through the model in this process."""
         if self.mixed == "one_pass" or (self.mixed == "auto" and tasks.device.type != "cpu"):
-            with composition.as_tasks(tasks):
+            with composition.as_tasks(own):
                 output = forward(None)
         else:
             output = self._by_task(composition, tasks, forward)

@@ -31,7 +31,7 @@ def warmup_rate(start: float, end: float, iteration: int, iterations: int) -> fl
     return start + iteration / iterations * (end - start)
 
 
-class WarmupCosinePlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class WarmupCosinePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Set epochs and learning rate of every task; the optimizer stays.
 
     :param lr: None: that of the optimizer given to the strategy.

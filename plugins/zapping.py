@@ -69,7 +69,7 @@ class Zap(NamedTuple):
     rows: tuple[int, ...]
 
 
-class ZappingPlugin(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
+class ZappingPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Redraw rows of the classifier on a schedule; works with any Avalanche SGD strategy.
 
     The classifier: a linear layer, Avalanche's growing or multi-head one (rows of the experience's task), or a

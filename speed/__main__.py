@@ -86,6 +86,10 @@ BENCHMARKS = {
         "no tensor kept that isn't documented, bytes in use as accounted for, resident ones at most 2.5 times them; "
         "files, threads and processes flat; training, statistics and alignment grow as their arithmetic",
     ),
+    "processes": Benchmark(
+        "an epoch in one process and in two (torchrun), on the CPU, and the bytes that a step exchanges",
+        "8 on two cores",
+    ),
     "dashboards": Benchmark(
         "a report of a hundred runs of a thousand points, made by firn report in a process of its own",
         "2",

@@ -87,6 +87,9 @@ class ResumableSCR(SCR):
         self.replay_plugin = replay
         self._workers = 0
 
+    shares_batches = False
+    """Images and their views are one batch, so in a distributed run every process computes all of it."""
+
     def criterion(self) -> Tensor:
         """Contrastive loss of a training batch, cross-entropy of the distances in evaluation; a scalar."""
         with torch.autocast(self.device.type, enabled=False):

@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
     [
         ("slca.py", [], "of all seen digits"),
         ("slca.py", ["--as-plugins"], "of all seen digits"),
+        ("several_gpus.py", [], "of all seen digits, 1 processes"),
         ("lp_ft.py", [], "points lost on earlier tasks"),
         ("lp_ft.py", ["--no-probe"], "points lost on earlier tasks"),
         ("cila.py", [], "certified to lie between"),
@@ -65,3 +66,13 @@ def test_the_interval_of_the_dynamics_must_fit_into_a_class(tmp_path):
     words = [sys.executable, str(EXAMPLES / "zapping_dynamics.py"), "--every", "51", "--logdir", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "--every is 51; 1 to 50 is accepted" in done.stderr
+
+
+@pytest.mark.slow
+def test_several_processes_print_and_write_once(tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*start, str(EXAMPLES / "several_gpus.py"), "--epochs", "1", "--logdir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after task 4") == 1 and "2 processes" in done.stdout
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1

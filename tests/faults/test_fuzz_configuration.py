@@ -242,7 +242,8 @@ LINES = (
     ("export", ".", "--format", "timm", "--output"), ("recipes", "show"), ("recipes", "copy", "digits"),
     ("recipes", "copy"), ("check",), ("check", "--no-data"), ("run", "digits", "method=naive", "--output"),
     ("compare", "digits", "--output"), ("compare", "--json", "digits", "--output"), ("run", "digits"), ("recipes",),
-    ("resume", "."), (),
+    ("resume", "."), (), ("compare", "--print-commands"), ("compare", "digits", "--on"),
+    ("resume", ".", "--on"), ("run", "digits", "method=naive", "--directory"),
 )  # fmt: skip
 
 
