@@ -105,9 +105,9 @@ class DistributedPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._strategy: Any = None
         self._plain: Callable[[], Any] = lambda: None
         self._parallel: DistributedDataParallel | None = None
-        self._trained: tuple[int, ...] = ()  # the parameters that it averages
+        self._trained: list[nn.Parameter] = []  # those whose gradients it averages
         self._gradient_bytes = 0
-        self._looked = False  # whether these were compared with the model's in this epoch
+        self._looked = False  # whether these were compared with the model's since the last evaluation, in this epoch
         self._shares = True
         self._warned = False
 
@@ -141,6 +141,10 @@ class DistributedPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._install(strategy)
         self._agree(strategy)
 
+    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """A model may grow in an evaluation, also between two steps."""
+        self._looked = False
+
     def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
         """As in training."""
         if process_count() > 1:
@@ -167,7 +171,7 @@ class DistributedPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._agree(strategy, first=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parallel": None, "_trained": (), "_looked": False}
+        return {**self.__dict__, "_parallel": None, "_trained": [], "_looked": False}
 
     # ---------------------------------------------------------------- forward
     def _forward(self, strategy: Any) -> Any:
@@ -201,11 +205,10 @@ class DistributedPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         if not self._looked:
             self._looked = True
             chosen = [p for p in strategy.model.parameters() if p.requires_grad]
-            trained = tuple(map(id, chosen))
-            if trained != self._trained:
+            if list(map(id, chosen)) != list(map(id, self._trained)):
                 self._release()
                 self._agree(strategy, first=True)
-                self._trained, output = trained, self._plain()
+                self._trained, output = chosen, self._plain()
                 if chosen:
                     self._wrap(strategy.model, chosen, output)
         if self._parallel is None:
@@ -239,7 +242,7 @@ class DistributedPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def _release(self) -> None:
         """Let go of DDP and with it of its hooks on the parameters."""
-        self._parallel, self._trained, self._gradient_bytes = None, (), 0
+        self._parallel, self._trained, self._gradient_bytes = None, [], 0
 
     # ------------------------------------------------------------------ agree
     @torch.no_grad()

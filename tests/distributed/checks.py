@@ -20,6 +20,7 @@ import pytest
 import torch
 from avalanche.benchmarks import class_incremental_benchmark
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.models import IncrementalClassifier
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
 from sklearn.datasets import load_digits
@@ -189,6 +190,36 @@ def check_training_is_that_of_one_process() -> None:
     own = next(plugin for plugin in two.plugins if isinstance(plugin, DistributedPlugin))
     assert own.batches == two.clock.train_iterations
     assert 8 * 1700 * own.batches < own.bytes_given < 8 * 2000 * own.batches  # float64, about 1,900 parameters
+
+
+def check_heads_that_grow_between_two_steps() -> None:
+    """Avalanche's growing classifier in periodic evaluations, of experiences to come, after every third step."""
+
+    class Single(nn.Module):  # what grows is float32
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float()
+
+    def growing() -> nn.Module:
+        model = network()
+        model.backbone.insert(0, Single())
+        model.head = IncrementalClassifier(24, 2)
+        return model.float()
+
+    torch.manual_seed(19)
+    model, settings = growing(), {"eval_every": 3, "peval_mode": "iteration"}
+
+    def run(*plugins: Any) -> Tensor:
+        torch.manual_seed(20)
+        strategy, bench = naive(copy.deepcopy(model), *plugins, **settings), stream()
+        for experience in bench.train_stream:
+            strategy.train(experience, eval_streams=[bench.test_stream])
+        return weights(strategy.model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        expected = run()
+    found = run(DistributedPlugin())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def check_accumulated_steps_are_those_of_one_process() -> None:
