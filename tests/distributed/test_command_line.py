@@ -62,6 +62,7 @@ def test_a_comparison_is_told_and_written_once(undisturbed: tuple[Path, str]) ->
     assert not (folder / "lock").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_is_kept(undisturbed: tuple[Path, str], recipe: Path) -> None:
     folder, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/seed-0/results.json")}
@@ -80,7 +81,7 @@ def rank_of(pid: int) -> int:
     return int(words["RANK"])
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 1])
 def killed(request: pytest.FixtureRequest, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run one of whose processes is killed in the middle; it ends cleanly."""
     if not Path("/proc/self/task").is_dir():
@@ -119,6 +120,7 @@ def test_a_killed_process_ends_the_run_and_it_goes_on(
     assert story(copy) == story(undisturbed[0] / "slca" / "seed-0")
 
 
+@pytest.mark.slow
 def test_it_goes_on_in_one_process_too(killed: Path, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
     """The same batches; results differ by rounding, and say who made them."""
     import shutil
@@ -147,8 +149,12 @@ TRANSFER = {**kill_cases.TRANSFER, "methods": [{"name": "untrained", **kill_case
     ("words", "told"),
     [
         (["compare", "transfer.yaml"], "a transfer experiment learns image by image"),
-        (["run", "digits", "method=slca", "device=cuda:0"], "device is 'cuda:0'; 'auto', 'cpu' or 'cuda' is accepted"),
-        (["run", "digits", "method=slcaa"], "'slcaa' isn't in the recipe"),
+        pytest.param(
+            ["run", "digits", "method=slca", "device=cuda:0"],
+            "device is 'cuda:0'; 'auto', 'cpu' or 'cuda' is accepted",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["run", "digits", "method=slcaa"], "'slcaa' isn't in the recipe", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_refused_is_told_once(tmp_path: Path, words: list[str], told: str) -> None:
@@ -159,6 +165,7 @@ def test_what_is_refused_is_told_once(tmp_path: Path, words: list[str], told: st
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_other_commands_are_carried_out_once(tmp_path: Path) -> None:
     status, out, err = call("firn", "recipes", "ls")
     assert status == 0 and out.count("lorac_ipc_domainnet") == 1, err[-2000:]

@@ -131,6 +131,7 @@ def test_transfers(home: Path, capsys: Any) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs bash")
+@pytest.mark.slow
 def test_a_job_array(home: Path, capsys: Any) -> None:
     """The example script does what the line of its number says, twice without harm, and refuses other numbers."""
     assert main(["compare", "tiny.yaml", "training.epochs=1", "--print-commands"]) == 0

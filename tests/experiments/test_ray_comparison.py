@@ -518,6 +518,7 @@ def test_without_ray(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "'x' isn't accepted; a whole number" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comparison_on_this_machine(recipe: Path, tmp_path: Path) -> None:
     """A Ray that is started here: the run that works has the results of a local one, the one that diverges is named."""
     pytest.importorskip("ray")
