@@ -37,7 +37,6 @@ from avalanche_firn.experiments.narration import (
     stopped_text,
 )
 from avalanche_firn.experiments.places import RayPlace, place_of
-from avalanche_firn.experiments.printed_commands import commands_text, printed_commands
 from avalanche_firn.experiments.recipe import copy_recipe, load_experiment, parse, read_recipe
 from avalanche_firn.experiments.transfer_config import TransferExperiment
 
@@ -284,6 +283,8 @@ def _print_commands(arguments: argparse.Namespace, config: Config | TransferExpe
     for option, given in (("--fresh", arguments.fresh), ("--on", arguments.on != "local")):
         if given:
             raise _UsageError(f"--print-commands and {option} exclude each other: the commands may be given again")
+    from avalanche_firn.experiments.printed_commands import commands_text, printed_commands
+
     source, overrides = _recipe_and_overrides(arguments.words, DEFAULT_RECIPE)
     facts = printed_commands(source, overrides, config, quiet=arguments.quiet)
     if arguments.scripted:
