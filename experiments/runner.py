@@ -79,6 +79,7 @@ from avalanche_firn.models.feature_cache import FeatureCache
 from avalanche_firn.models.processes import process_count, process_rank
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import checkpoints, matching_files, refuse_links, sync
+from avalanche_firn.plugins.checkpoint_fit import experiences_left
 from avalanche_firn.plugins.distributed import DistributedPlugin
 from avalanche_firn.plugins.event_files import abandon, quiet_writers
 from avalanche_firn.plugins.fast_path import FastPathPlugin
@@ -335,7 +336,7 @@ def _train(
     start = checkpoint.resume(strategy)
     if config.evaluation.streams == "all" and strategy.clock.train_iterations == 0:
         strategy.eval(evaluated, **workers)  # the baseline of forward transfer
-    for index, experience in enumerate(stream.train[start:], start):
+    for index, experience in enumerate(experiences_left(stream.train, start), start):
         if not checkpoint.is_trained(experience):
             strategy.train(experience, eval_streams=[], **workers)
         whole = config.evaluation.streams == "all" or len(stream.train) != len(evaluated)

@@ -16,7 +16,7 @@ from avalanche_firn.plugins.mixed_precision import MixedPrecisionPlugin
 from avalanche_firn.plugins.recut import cut_of, recut, saved_cut
 from avalanche_firn.plugins.strategy_state import environment, structure_differences
 
-__all__ = ["fitted"]
+__all__ = ["experiences_left", "fitted"]
 
 
 def fitted(
@@ -54,6 +54,16 @@ def _check(path: Path, state: dict[str, Any], structure: dict[str, Any], fingerp
     lines = structure_differences(state["structure"], structure)
     if lines:
         raise CheckpointError(f"{path} was made by another strategy:\n  " + "\n  ".join(lines))
+
+
+def experiences_left(stream: Any, done: int) -> Any:
+    """What of a stream is still to be trained, after ``ExactCheckpointPlugin.resume`` has said that ``done`` are.
+
+    :raises CheckpointError: the checkpoint counts more experiences than the stream has.
+    """
+    if done > len(stream):
+        raise CheckpointError(f"the checkpoint counts {done} trained experiences, the stream has {len(stream)}")
+    return stream[done:]
 
 
 def _environment(path: Path, there: dict[str, str], strategy: Any) -> list[str]:

@@ -37,6 +37,7 @@ import fuzz_damage as damage
 from avalanche_firn.plugins import checkpoint_files
 from avalanche_firn.plugins.checkpoint import ExactCheckpointPlugin
 from avalanche_firn.plugins.checkpoint_files import CheckpointError, checkpoints, read_checkpoint
+from avalanche_firn.plugins.checkpoint_fit import experiences_left
 from avalanche_firn.plugins.plain_state import differing_state, from_plain, to_plain
 from avalanche_firn.plugins.random_state import capture_random_state
 from avalanche_firn.plugins.strategy_state import capture_strategy
@@ -107,7 +108,7 @@ def enter(name: str, folder: Path, *, stop: tuple[str, int] = UNTIL_RESTORED, se
     try:
         start = own.resume(strategy)
         done.resumed = True
-        for done.experience in stream.train_stream[start:]:
+        for done.experience in experiences_left(stream.train_stream, start):
             if not own.is_trained(done.experience):
                 strategy.train(done.experience, **settings)
             elif until_restored:
@@ -453,3 +454,10 @@ def test_attributes_that_are_never_saved_are_not_set(stopped: dict[str, Stopped]
     assert isinstance(found.error, CheckpointError) and "model: nothing is saved of it" in str(found.error)
     with pytest.raises(RuntimeError):
         found.strategy.train(found.experience, **found.settings)
+
+
+def test_a_checkpoint_that_counts_more_experiences_than_there_are() -> None:
+    """The run ended at once then, as if everything had been trained."""
+    assert experiences_left(["a", "b"], 1) == ["b"] and experiences_left(["a", "b"], 2) == []
+    with pytest.raises(CheckpointError, match="counts 64 trained experiences, the stream has 2"):
+        experiences_left(["a", "b"], 64)

@@ -201,7 +201,7 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[None]:
     record_property("fuzzed", calls.told(WHAT, TOLD - before))
 
 
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(300, 10, 2))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(150, 10, 2))
 def test_damaged_files(comparisons: dict[str, Path], tmp_path: Path, part: int, cases: int) -> None:
     (tmp_path / "home").mkdir()
 
