@@ -193,7 +193,7 @@ def right_recipes(draw: Any) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------ fuzzing
-@pytest.mark.parametrize(("part", "cases"), fuzz.parts(2400, 45, 4))
+@pytest.mark.parametrize(("part", "cases"), fuzz.parts(2400, 60, 4))
 def test_recipes_with_things_changed(arena: Arena, part: int, cases: int) -> None:
     def check(raw: Any, command: tuple[str, ...]) -> None:
         file = arena.folder / "case.yaml"
@@ -205,7 +205,7 @@ def test_recipes_with_things_changed(arena: Arena, part: int, cases: int) -> Non
         arena.judge([command[0], "case.yaml", *command[1:]], ["case.yaml"], asked)
 
     calls.explore(check, part=part, cases=cases, raw=fuzz.mutated_recipes(), command=st.sampled_from(COMMANDS))
-    assert arena.count >= cases and arena.statuses[0] >= cases // 40, arena.statuses
+    assert arena.count >= cases and arena.statuses[0] > cases / 40, arena.statuses
 
 
 @pytest.mark.parametrize(("part", "cases"), fuzz.parts(1200, 25, 2))
